@@ -57,6 +57,8 @@ def train() -> None:
     with tempfile.TemporaryDirectory() as folder:
         print(textenv("train", "--quiet", "--out", f"{folder}/run"))
         results = json.loads(Path(folder, "run", "results.json").read_text(encoding="utf-8"))
+        if not Path(folder, "run", "report.html").is_file():  # its script and style are package data
+            sys.exit("Expected the report of the run, got none.")
     before, after = (results[when]["figures"]["reward"] for when in ("before", "after"))
     print(f"evaluated reward: {before:.3f} before, {after:.3f} after")
     if not before < 0.8 < BAR <= after:

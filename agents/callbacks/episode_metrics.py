@@ -40,6 +40,7 @@ class EpisodeMetrics(BaseCallback):
       sum of squared deviations of the task reward,
     - `time/tokens_per_second`: tokens per second since the end of the last rollout, the update included,
     - `time/reward_share`: the share of that time that the reward took, 0 to 1; only with a `TextVecEnv`,
+    - `time/update_share`: the share of that time that the update took, 0 to 1,
     - `time/prefill_tokens` and `time/shared_tokens`: the tokens of prompts (and of texts that go on after an update)
       that the rollout has read, and those that it did not read, since a row with the same tokens had been; only where
       the policy decodes by a `PrefixCache`,
@@ -88,6 +89,9 @@ class EpisodeMetrics(BaseCallback):
             return {}
         return {name: getattr(self._cache, name) for name in ("prefill_tokens", "shared_tokens")}
 
+    def _on_rollout_start(self) -> None:
+        self._updated = time.perf_counter()
+
     def _on_step(self) -> bool:
         self._episodes.collect(self.locals["infos"])
         return True
@@ -97,8 +101,10 @@ class EpisodeMetrics(BaseCallback):
         infos = self._episodes.take()
         now = time.perf_counter()
         speed = (self.model.num_timesteps - self._timesteps) / (now - self._clock)
-        self._clock, self._timesteps = now, self.model.num_timesteps
         self.logger.record("time/tokens_per_second", speed)
+        # This callback comes before those that evaluate, sample and save when a rollout starts.
+        self.logger.record("time/update_share", (self._updated - self._clock) / (now - self._clock))
+        self._clock, self._timesteps = now, self.model.num_timesteps
         if self._rewards is not None:
             self.logger.record("time/reward_share", self._rewards.share)
             self._rewards = RewardShare(self._rewards.lanes)  # the next rollout's share starts here

@@ -11,7 +11,8 @@ from ..evaluation.curves import check_matplotlib, check_picture, draw_curves
 from ..evaluation.improvement import SeedComparison
 from ..evaluation.prompt_scores import SCORES_FILE, PromptScores, scores_in
 from ..evaluation.tables import cell, markdown
-from ..runs.folder import SEED, RunFolder, read_rows
+from ..runs.folder import RunFolder, read_rows
+from ..runs.groups import grouped
 
 # The figures of the table, by their keys in metrics.jsonl.
 COLUMNS = ("reward/task", "kl/sequence", "episode/length", "eval/reward")
@@ -33,11 +34,7 @@ def compare(paths: Sequence[str], out: str) -> int:
     """
     check_matplotlib()
     check_picture(out)
-    groups: dict[str, list[RunFolder]] = {}
-    for path in paths:
-        name = Path(path).resolve().name
-        # Two folders may have the same name: the later one is shown by its whole path.
-        groups[name if name not in groups else str(path)] = _runs(Path(path))
+    groups = grouped(paths)
     runs = {
         (group if len(members) == 1 else f"{group}/{run.path.name}"): (group, run)
         for group, members in groups.items()
@@ -53,16 +50,6 @@ def compare(paths: Sequence[str], out: str) -> int:
         _print_comparison({first: ours, name: theirs}, newest)
     print(f"curves: {out}")
     return Exit.DONE
-
-
-def _runs(path: Path) -> list[RunFolder]:
-    """Return the run in a folder, or the runs of its seeds, in the order of their numbers."""
-    if not (path / "run.json").is_file():
-        seeds = [folder for folder in path.glob(f"{SEED}*") if folder.name.removeprefix(SEED).isdecimal()]
-        seeds.sort(key=lambda folder: int(folder.name.removeprefix(SEED)))
-        if runs := [RunFolder.open(folder) for folder in seeds if (folder / "run.json").is_file()]:
-            return runs
-    return [RunFolder.open(path)]
 
 
 def _cells(name: str, rows: Sequence[Mapping[str, Any]]) -> list[str]:

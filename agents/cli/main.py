@@ -39,6 +39,7 @@ from .options import (
     ShowOptions,
     StageOptions,
 )
+from .page_options import ReportOptions, ShowFlags, WatchOptions
 from .seeds import read_seeds
 from .verb import Verb
 
@@ -243,10 +244,10 @@ def _read_runs(name: str, words: list[str]) -> tuple[Any, ...]:
     # jsonargparse reads a list from a single word: RUN RUN becomes '["RUN", "RUN"]'.
     n_runs = next((i for i, word in enumerate(words) if word.startswith("-")), len(words))
     runs = [str(list(words[:n_runs])).replace("'", '"')] if n_runs else []
-    parser = make_parser(name, VERBS[name].usage, VERBS[name].config)
+    parser = make_parser(name, *VERBS[name][1:4])
     next(action for action in parser._actions if action.dest == "runs").metavar = "RUN"
     parsed = parse(parser, [*runs, *words[n_runs:]])
-    return parsed.runs, parsed.out
+    return parsed.runs, parsed.out, *([parsed.watch] if VERBS[name].options else [])
 
 
 def _read_nothing(name: str, words: list[str]) -> tuple[Any, ...]:
@@ -289,7 +290,7 @@ VERBS = {
         CONFIG,
         TrainConfig,
         TrainOptions,
-        "agents.runs.seeds:train",
+        "agents.report.training:train",
         _read_training,
     ),
     "tune": Verb(
@@ -356,9 +357,9 @@ VERBS = {
     ),
     "show": Verb(
         "print an episode token by token",
-        "RUN [--prompt N] [--seed N] [--credit N]",
+        "RUN [--prompt N] [--seed N] [--html | --credit N]",
         ShowOptions,
-        TrustOptions,
+        ShowFlags,
         "agents.cli.show:show",
         _read_run,
     ),
@@ -376,6 +377,14 @@ VERBS = {
         CompareOptions,
         None,
         "agents.cli.compare:compare",
+        _read_runs,
+    ),
+    "report": Verb(
+        "write a page of what happened in runs, token by token",
+        "RUN [RUN ...] [--out FILE] [--watch]",
+        ReportOptions,
+        WatchOptions,
+        "agents.cli.report:report",
         _read_runs,
     ),
     "doctor": Verb(

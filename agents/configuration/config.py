@@ -264,7 +264,7 @@ class TrainConfig:
         loggers: The loggers that get the figures besides metrics.jsonl: "tensorboard", "curves", "wandb", "trackio",
             "mlflow", or the `module:Class` of a KVWriter of Stable-Baselines3; by name, or {id: NAME, args: {...}}. By
             default the first two, if `pip install "textenv[plot]"` has installed their packages.
-        samples: The number of prompts whose texts go into samples.jsonl.
+        samples: The number of prompts whose texts go into samples.jsonl; with 0, tokens.jsonl is not written either.
         samples_every: The number of rollouts between two sets of such texts.
         checkpoint_every: The number of rollouts between two checkpoints.
         keep_checkpoints: The number of newest checkpoints to keep.
@@ -338,11 +338,13 @@ class TrainOptions(RunOptions):
             folder: continue the seed that was stopped, and leave out those that are finished.
         change: With --resume, a key that may differ from the configuration so far; the result then differs from that
             of an uninterrupted run. Can be repeated.
+        watch: Write report.html again and again while the run goes on; an open page follows.
     """
 
     seeds: list[int] = field(default_factory=list, metadata={"action": "extend", "nargs": "+", "type": int})
     resume: str | None = field(default=None, metadata={"nargs": "?", "const": ""})
     change: list[str] = field(default_factory=list)
+    watch: bool = False
 
 
 # The keys that a resumed run may change freely, since they have no influence on the weights.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import time
 import warnings
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -33,21 +34,19 @@ from ..policies.actor_critic import LMActorCritic
 from ..policies.lm_policy import LMPolicy
 from ..steps.kl_penalty import KLPenalty
 from .evaluation import Evaluation, evaluate
+from .evaluation_files import BEST, HISTORY
 from .judge_gap import judge_gap
 from .prompt_scores import SCORES_FILE, Scored, scores_in, write_scores
 from .tables import finite
-
-# The shapes of best.json and history.json, for `read_json`.
-BEST = {"figure": str, "value": float, "num_timesteps": int}
-HISTORY = [{"num_timesteps": int, "figures": {str: (float, None)}}]
 
 
 class Evaluate(BaseCallback):
     """Evaluates before training, every `every` tokens between iterations, and at the end; does not change training.
 
-    It logs `eval/<figure>` for every figure of `evaluate`, at the number of tokens trained on. All evaluations have the
-    same seed, so that they can be compared. With a judge it also logs `eval/gap`: how far the reward has risen ahead of
-    the judge since the first evaluation, in standard deviations (see `judge_gap`). If it has a folder, it writes there
+    It logs `eval/<figure>` for every figure of `evaluate`, at the number of tokens trained on, and the seconds that it
+    took as `time/evaluation_seconds`. All evaluations have the same seed, so that they can be compared. With a judge it
+    also logs `eval/gap`: how far the reward has risen ahead of the judge since the first evaluation, in standard
+    deviations (see `judge_gap`). If it has a folder, it writes there
 
     - `history.json`: the figures of every evaluation,
     - `scores.json`: the scores of each prompt in the first and in the newest evaluation, for intervals over seeds,
@@ -175,7 +174,7 @@ class Evaluate(BaseCallback):
             self._evaluate(is_last=True)
 
     def _evaluate(self, is_last: bool = False) -> None:
-        now, self._n_updates = self.model.num_timesteps, self.model._n_updates
+        now, self._n_updates, start = self.model.num_timesteps, self.model._n_updates, time.perf_counter()
         with ExitStack() as readable:
             for lm in self._models_read:
                 readable.enter_context(gathered(lm))  # a collective: rank 0 then has whole weights
@@ -199,6 +198,7 @@ class Evaluate(BaseCallback):
                 "again after the next iteration.",
                 stacklevel=2,
             )
+        self.logger.record("time/evaluation_seconds", time.perf_counter() - start)
         self.logger.dump(now)
 
     @property

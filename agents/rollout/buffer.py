@@ -89,6 +89,7 @@ class SequenceRolloutBuffer(RolloutBuffer):
         behaviour_log_probs: The log-probabilities by the model that sampled, (T, B): the same array, unless an engine
             sampled (see `EngineRollouts`). Importance weights then multiply the advantages of minibatches.
         trained: The sequences of the complete rollout that are trained.
+        advantage_mean, advantage_deviation: What `normalize_advantage` subtracts from their advantages, and divides by.
 
     Raises:
         ValueError: For an unknown `advantage` or `aggregation`, an `aggregation_length` that is missing or not used, a
@@ -333,11 +334,11 @@ class SequenceRolloutBuffer(RolloutBuffer):
                 rollout, self.waiting, self.waiting_episodes, self.groups
             )
         check_some_left(self.trained)
-        self._mean: float | np.float32 = 0.0
-        self._deviation: float | np.float32 = 1.0
+        self.advantage_mean: float | np.float32 = 0.0
+        self.advantage_deviation: float | np.float32 = 1.0
         if self.normalize_advantage:
-            parts = [part.advantages for part in self.trained]
-            self._mean, self._deviation = mean_and_deviation(np.concatenate([np.zeros(0, dtype=np.float32), *parts]))
+            parts = np.concatenate([np.zeros(0, dtype=np.float32), *(part.advantages for part in self.trained)])
+            self.advantage_mean, self.advantage_deviation = mean_and_deviation(parts)
 
     def _transitions(self, segment: Segment) -> Transitions:
         steps_of_lane = (slice(segment.start, segment.end), segment.lane)
@@ -388,7 +389,7 @@ class SequenceRolloutBuffer(RolloutBuffer):
         if self.kl_loss is not None:
             batch.term = self.kl_loss.term(weights, part.log_probs, part.reference_log_probs, self.device)
         # After the normalisation: the subtracted mean is an unbiased baseline only if it is weighted as well.
-        advantages = (part.advantages - self._mean) / self._deviation * weights  # (N,)
+        advantages = (part.advantages - self.advantage_mean) / self.advantage_deviation * weights  # (N,)
         values, returns = self._value_scale.of(part.values), self._return_scale.of(part.returns)
         numbers = (values, part.log_probs, advantages.astype(np.float32), returns)
         return SequenceSamples(

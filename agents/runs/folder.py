@@ -28,10 +28,15 @@ FORMAT = 1  # the version of a run's folder
 SEED = "seed_"  # with the seed behind it, the folder of one of several seeds
 # The files that a run leaves behind if it ends before its first checkpoint.
 EVALUATIONS = ("history.json", "scores.json")  # as `Evaluate` writes them
-LEFT = ("run.json", "vocabulary.json", "metrics.jsonl", "samples.jsonl", *EVALUATIONS, "best", "tensorboard")
-# The shapes of a row of metrics.jsonl, a row of samples.jsonl, run.json and results.json.
+LEFT = (
+    *("run.json", "vocabulary.json", "metrics.jsonl", "samples.jsonl", *EVALUATIONS, "best", "tensorboard"),
+    *("tokens.jsonl", "report.html"),
+)
+# The shapes of a row of metrics.jsonl, of tokens.jsonl and of samples.jsonl, of run.json and of results.json.
 AGGREGATION = "train/aggregation"  # the one value of a row that is a name
 ROW = {"tokens": int, AGGREGATION: (str, NOTHING), str: (float, None)}
+NUMBERS = [(float, bool, None)]
+TOKENS = {"tokens": int, "prompt": str, "pieces": [str], "alternatives": [([[(str, float)]], None)], str: NUMBERS}
 SAMPLE = {"tokens": int, "prompt": str, "text": str, "end_reason": str, "reward": float, "parts": {str: float}}
 ABOUT = {"started": str, "versions": {str: str}, "git": {str: (str, None)}}
 RESULTS = {"after": {"num_timesteps": int, "figures": {str: (float, None)}}}
@@ -40,7 +45,7 @@ PACKAGES = ("torch", "transformers", "stable_baselines3", "sb3_contrib", "gymnas
 
 
 class RunFolder:
-    """The folder of a run: `config.yml`, `run.json`, `metrics.jsonl`, `samples.jsonl`, `log.txt`, checkpoints, models.
+    """The folder of a run: `config.yml`, `run.json`, figures, samples, tokens, `log.txt`, checkpoints, models.
 
     Args:
         path: Its path.
@@ -60,6 +65,7 @@ class RunFolder:
         self.about = self.path / "run.json"
         self.metrics = self.path / "metrics.jsonl"
         self.samples = self.path / "samples.jsonl"
+        self.tokens = self.path / "tokens.jsonl"
         self.log = self.path / "log.txt"
         self.checkpoints = self.path / "checkpoints"
         self.model = self.path / "model"
@@ -259,7 +265,7 @@ class RunFolder:
 
     def cut(self, tokens: int) -> None:
         """Remove the rows after a number of tokens, which a resumed run makes again; -1 also removes the best model."""
-        for file, shape in ((self.metrics, ROW), (self.samples, SAMPLE)):
+        for file, shape in ((self.metrics, ROW), (self.samples, SAMPLE), (self.tokens, TOKENS)):
             if file.is_file():
                 rows = [row for row in read_rows(file, shape) if row["tokens"] <= tokens]
                 write_text(file, "".join(to_line(row) for row in rows))

@@ -18,18 +18,20 @@ from .assemble import task_name
 from .folder import RunFolder, read_rows
 from .loggers import named
 from .plan import Plan
+from .reporting import Reporter
 from .train import changed_keys, make_screen, resume, start
 
 # The errors that another seed may not meet; after any other, such as a full disk, no further seed is started.
 OF_ONE_SEED = (Exit.FAILED, Exit.NUMERICS, Exit.REWARD)
 
 
-def train(plans: Sequence[Plan], options: TrainOptions) -> int:
+def train(plans: Sequence[Plan], options: TrainOptions, reporter: Reporter | None = None) -> int:
     """Start or resume the runs, one after the other in this process; with seeds, write and print their table.
 
     Args:
         plans: The runs: one for each seed, or a single one.
         options: The options of the command line. With --dry-run nothing is resumed or written.
+        reporter: The writer of reports; None writes none.
 
     Returns:
         The exit code.
@@ -41,19 +43,19 @@ def train(plans: Sequence[Plan], options: TrainOptions) -> int:
     if options.dry_run:
         return start(plans[0].config, plans[0].dumped, options)
     if not options.seeds:
-        return _train_one(plans[0], options)
+        return _train_one(plans[0], options, reporter)
     try:
-        failures = _train_all(plans, options)
+        failures = _train_all(plans, options, reporter)
         if failures:
             raise CommandError(_no_table(plans, list(failures)), next(iter(failures.values())).code)
-        _finish(plans, options)
+        _finish(plans, options, reporter)
     except KeyboardInterrupt as error:  # between two runs, or during the table
         how = "interrupted; continue with: the same command with --resume"
         raise Interrupted(how, signal.SIGINT) from error
     return Exit.DONE
 
 
-def _train_all(plans: Sequence[Plan], options: TrainOptions) -> dict[int, CommandError]:
+def _train_all(plans: Sequence[Plan], options: TrainOptions, reporter: Reporter | None) -> dict[int, CommandError]:
     """Train all runs that are not finished, and return the errors of those that failed alone, by seed."""
     failures = {}
     for plan in plans:
@@ -61,7 +63,7 @@ def _train_all(plans: Sequence[Plan], options: TrainOptions) -> dict[int, Comman
             if _is_done(plan):
                 make_screen(plan.config, options).say(f"finished already: {plan.config.out}")
             else:
-                _train_one(plan, options)
+                _train_one(plan, options, reporter)
         except CommandError as error:
             failure = CommandError(f"seed {plan.config.seed}: {error}", error.code)
             if error.code not in OF_ONE_SEED:
@@ -72,10 +74,10 @@ def _train_all(plans: Sequence[Plan], options: TrainOptions) -> dict[int, Comman
     return failures
 
 
-def _train_one(plan: Plan, options: TrainOptions) -> int:
+def _train_one(plan: Plan, options: TrainOptions, reporter: Reporter | None) -> int:
     if plan.run is None or plan.before is None:
-        return start(plan.config, plan.dumped, options)
-    return resume(plan.run, plan.config, plan.before, plan.dumped, options)
+        return start(plan.config, plan.dumped, options, reporter)
+    return resume(plan.run, plan.config, plan.before, plan.dumped, options, reporter)
 
 
 def _is_done(plan: Plan) -> bool:
@@ -96,8 +98,8 @@ def _no_table(plans: Sequence[Plan], failed: Sequence[int]) -> str:
     )
 
 
-def _finish(plans: Sequence[Plan], options: TrainOptions) -> None:
-    """Write seeds.md, seeds.json and, with the logger "curves", seeds.png beside the folders of the seeds."""
+def _finish(plans: Sequence[Plan], options: TrainOptions, reporter: Reporter | None) -> None:
+    """Write seeds.md, seeds.json, a report and, with the logger "curves", seeds.png beside the folders of the seeds."""
     config = plans[0].config
     runs = [RunFolder.open(str(plan.config.out)) for plan in plans]
     folder = runs[0].path.parent
@@ -107,6 +109,8 @@ def _finish(plans: Sequence[Plan], options: TrainOptions) -> None:
         draw_curves(folder / "seeds.png", {run.path.name: read_rows(run.metrics) for run in runs}, task_name(config))
     screen = make_screen(config, options)
     screen.say(f"{table.to_markdown()}\nseeds: {folder / 'seeds.md'}")
+    if reporter is not None:
+        screen.say(reporter.of_seeds(folder))
     screen.close()
     if options.json and not options.quiet:
         print(json.dumps({"seeds": table.to_dict()}, ensure_ascii=False), flush=True)

@@ -27,7 +27,8 @@ from ..checkpoints.output_folders import output_folder
 from ..configuration.config import FREE_ON_RESUME, PLOTTED, RunOptions, TrainConfig, TrainOptions, default_loggers
 from ..errors import CommandError, Exit, Interrupted, is_full
 from ..evaluation.curves import draw_curves
-from ..evaluation.evaluate_callback import HISTORY, Evaluate
+from ..evaluation.evaluate_callback import Evaluate
+from ..evaluation.evaluation_files import HISTORY
 from ..evaluation.tables import cell, markdown
 from ..files import write_text
 from ..policies.actor_critic import LMActorCritic
@@ -43,7 +44,9 @@ from .live_screen import LiveScreen
 from .loggers import SamplePages, check_loggers, make_loggers, make_trackers, named
 from .model_card import model_card
 from .recording import Recorder, RowWriter, SampleRecorder
+from .reporting import Reporter
 from .screens import JsonScreen, PlainScreen, QuietScreen, Row, Screen, warnings_on
+from .token_recording import TokenRecorder
 
 MENDED = (Exit.REFUSED, Exit.MISSING)  # mistakes that the user mends before repeating the command
 SPACE_FOR = 2  # checkpoints besides the kept ones that must fit on the disk: a half-written one, and the models
@@ -51,13 +54,14 @@ SPACE_FOR = 2  # checkpoints besides the kept ones that must fit on the disk: a 
 Watch = Callable[[Evaluate], BaseCallback]  # makes a callback that looks at a run's evaluations, and may end the run
 
 
-def start(config: TrainConfig, dumped: str, options: TrainOptions) -> int:
+def start(config: TrainConfig, dumped: str, options: TrainOptions, reporter: Reporter | None = None) -> int:
     """Start a run and train.
 
     Args:
         config: The configuration.
         dumped: The configuration as YAML, for config.yml.
         options: The options of the command line.
+        reporter: The writer of reports; None writes none.
 
     Returns:
         The exit code.
@@ -74,7 +78,7 @@ def start(config: TrainConfig, dumped: str, options: TrainOptions) -> int:
         run.clear()
         run.begin(dumped, __version__)
         try:
-            return train_in(run, config, options, _screen(config, options))
+            return train_in(run, config, options, _screen(config, options), reporter=reporter)
         except CommandError as error:
             if error.code in MENDED and not read_rows(run.metrics):  # nothing was trained: do not leave a run behind
                 run.withdraw()
@@ -86,7 +90,14 @@ def start(config: TrainConfig, dumped: str, options: TrainOptions) -> int:
             raise interrupted from error
 
 
-def resume(run: RunFolder, config: TrainConfig, before: TrainConfig, dumped: str, options: TrainOptions) -> int:
+def resume(
+    run: RunFolder,
+    config: TrainConfig,
+    before: TrainConfig,
+    dumped: str,
+    options: TrainOptions,
+    reporter: Reporter | None = None,
+) -> int:
     """Resume a run. Changed keys are printed; those that influence the weights need `--change KEY`.
 
     Args:
@@ -95,6 +106,7 @@ def resume(run: RunFolder, config: TrainConfig, before: TrainConfig, dumped: str
         before: The configuration of the run so far.
         dumped: The new configuration as YAML, for config.yml.
         options: The options of the command line.
+        reporter: The writer of reports; None writes none.
 
     Returns:
         The exit code.
@@ -117,7 +129,7 @@ def resume(run: RunFolder, config: TrainConfig, before: TrainConfig, dumped: str
             run.results.unlink(missing_ok=True)  # those of another configuration
             write_text(run.config, dumped)
         try:
-            return train_in(run, config, options, screen)
+            return train_in(run, config, options, screen, reporter=reporter)
         except KeyboardInterrupt as error:
             raise _interrupted(run) from error
 
@@ -170,7 +182,12 @@ def _screen(config: TrainConfig, options: TrainOptions) -> Screen:
 
 
 def train_in(
-    run: RunFolder, config: TrainConfig, options: RunOptions, screen: Screen, watch: Watch | None = None
+    run: RunFolder,
+    config: TrainConfig,
+    options: RunOptions,
+    screen: Screen,
+    watch: Watch | None = None,
+    reporter: Reporter | None = None,
 ) -> int:
     """Train in a locked folder, from its newest checkpoint if it has one.
 
@@ -181,6 +198,7 @@ def train_in(
         screen: The screen, which is closed at the end.
         watch: A function that makes a callback for the run's evaluations, which then have the divergence from the start
             as the figure `kl`.
+        reporter: The writer of reports; None writes none.
 
     Returns:
         The exit code.
@@ -195,7 +213,7 @@ def train_in(
     try:
         # Nothing else runs in this process meanwhile, so that all warnings are the run's.
         with warnings_on(screen):
-            return _run(run, config, options, screen, watch)
+            return _run(run, config, options, screen, watch, reporter)
     except RAISED as error:
         command_error = as_command_error(error, run.path)
         # An error that we raised for the user says everything in its line; any other needs its traceback.
@@ -208,7 +226,14 @@ def train_in(
         screen.close()
 
 
-def _run(run: RunFolder, config: TrainConfig, options: RunOptions, screen: Screen, watch: Watch | None) -> int:
+def _run(
+    run: RunFolder,
+    config: TrainConfig,
+    options: RunOptions,
+    screen: Screen,
+    watch: Watch | None,
+    reporter: Reporter | None,
+) -> int:
     _announce(run, config, screen)
     checkpoint = checkpoint_to_load(run, screen.say)
     trust = trust_of(options)
@@ -235,7 +260,8 @@ def _run(run: RunFolder, config: TrainConfig, options: RunOptions, screen: Scree
     evaluate = _evaluate(run, parts, reference)
     trackers = make_trackers(run, config, sent)
     pages = [SamplePages(output) for output in outputs if isinstance(output, TensorBoardOutputFormat)]
-    views: list[Any] = [screen, *trackers, *pages]
+    reports = [] if reporter is None else [reporter.of_run(run.path)]
+    views: list[Any] = [screen, *trackers, *pages, *reports]
     kept = config.checkpoint_every, config.keep_checkpoints
     with Interrupts(screen.note, again=partial(leave, how_to_go_on=run.how_to_go_on)) as interrupts:
         callbacks = [  # `Recorder` after all that log; `RunCheckpoints` last, when a checkpoint's rows are on the disk
@@ -243,8 +269,7 @@ def _run(run: RunFolder, config: TrainConfig, options: RunOptions, screen: Scree
             FiniteUpdates(),
             evaluate,
             *([] if watch is None else [watch(evaluate)]),
-            SampleRecorder(run, parts.held_out, config.samples, config.samples_every, partial(_show_samples, views)),
-            Recorder(run, writer, partial(_show_row, views)),
+            *_recorders(run, parts, writer, views),
             RunCheckpoints(run, *kept, interrupts, lambda: evaluate.is_over, screen.say),
         ]
         screen.begin(done, read_rows(run.metrics))
@@ -265,6 +290,8 @@ def _run(run: RunFolder, config: TrainConfig, options: RunOptions, screen: Scree
         for tracker in trackers:
             tracker.close()
         _finish(run, parts, screen)
+        for report in reports:
+            screen.say(report.finish())
         if watch is not None and interrupts.number:  # in the last iteration; further trials must not start
             raise Interrupted(f"stopped after {agent.num_timesteps:,} tokens; {run.how_to_go_on()}", interrupts.number)
     return Exit.DONE
@@ -277,6 +304,15 @@ def _announce(run: RunFolder, config: TrainConfig, screen: Screen) -> None:
     screen.say(f"run: {run.path}")
     if config.loggers == default_loggers() and (absent := [name for name in PLOTTED if name not in config.loggers]):
         screen.say(f'without {" and ".join(absent)}, which pip install "textenv[plot]" brings')
+
+
+def _recorders(run: RunFolder, parts: Parts, writer: RowWriter, views: list[Any]) -> list[BaseCallback]:
+    """Return the callbacks that write the run's rows of samples, tokens and figures."""
+    config = parts.config
+    every, show = config.samples_every, partial(_show_samples, views)
+    tokens = [TokenRecorder(run, parts.tokenizer, every, config.total_tokens)] if config.samples else []  # type: ignore[arg-type]
+    samples = SampleRecorder(run, parts.held_out, config.samples, every, show)
+    return [samples, *tokens, Recorder(run, writer, partial(_show_row, views))]
 
 
 def _show_row(views: list[Any], row: Row) -> None:

@@ -25,7 +25,7 @@ from tests.helpers.command import ROOT
 
 DEMO = "examples/configs/demo.yml"
 ENGINES = {  # of each verb: the module, and its functions that do the work once the words are parsed
-    "train": ("agents.runs.seeds", "train"),
+    "train": ("agents.report.training", "train"),
     "tune": ("agents.runs.tune", "tune"),
     "sft": ("agents.cli.stages", "tune_model"),
     "classifier": ("agents.cli.stages", "classify"),
@@ -38,10 +38,12 @@ ENGINES = {  # of each verb: the module, and its functions that do the work once
     "show": ("agents.cli.show", "show"),
     "export": ("agents.cli.trained_model", "export_run"),
     "compare": ("agents.cli.compare", "compare"),
+    "report": ("agents.cli.report", "report"),
     "doctor": ("agents.cli.doctor", "examine"),
     "tasks": ("agents.cli.catalogue", "catalogue"),
 }
 POSITIONAL = {"evaluate": "RUN", "generate": "RUN", "chat": "RUN", "show": "RUN", "export": "RUN DIR", "compare": "A B"}
+POSITIONAL["report"] = "RUN"
 POSITIONAL["critic"] = f"{DEMO} --out DIR"
 STAGES = ("sft", "classifier", "reward-model")
 SOURCES = ("--data", "--task", "--from-feedback")

@@ -47,6 +47,7 @@ LAYERS = {
         ("evaluation", "supervised", "build"),
         ("callbacks", "zoo"),
         ("runs",),
+        ("report",),
         ("cli",),
         ("__init__",),
     ),

@@ -10,7 +10,7 @@ from agents import Pretrained
 from agents.checkpoints.checkpoint import load_checkpoint, save_step
 from agents.checkpoints.manifest import CheckpointError, newest_intact, write_manifest
 from agents.errors import CommandError
-from agents.evaluation.evaluate_callback import BEST, HISTORY
+from agents.evaluation.evaluation_files import BEST, HISTORY
 from agents.evaluation.prompt_scores import read_scores
 from agents.runs.assemble import load_tokenizer
 from agents.runs.folder import SAMPLE, RunFolder, read_rows

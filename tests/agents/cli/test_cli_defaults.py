@@ -18,6 +18,7 @@ from agents.evaluation.generation import generate
 from agents.runs.folder import RunFolder
 from agents.signals import Interrupts, leave
 from agents.supervised.sft import tune
+from tests.agents.report.made_runs import data_of
 from tests.helpers.command import ROOT, rows, run, settings
 from tests.helpers.training import TOKENIZER, tiny_agent, tiny_config, tiny_env
 
@@ -60,6 +61,13 @@ def test_generate_takes_prompts_lengths_ends_and_masks_from_the_run(done, here, 
     assert not any(word in text["text"].split() for text in texts for word in ("great", "lovely", "."))
     assert run("generate", done, "--prompts", "p.txt", "--max_new_tokens", "12", "--n", "16") == 0
     assert 8 < max(len(text["text"].split()) for text in said(capsys)[0]) <= 12
+
+
+def test_the_page_of_an_episode_counts_the_tokens_that_masks_allow(done):
+    assert run("show", done, "--html") == 0
+    row = data_of(done / "episode.html")["runs"][0]["episodes"]["tables"][0]["episodes"][0]
+    n_tokens = json.loads((done / "vocabulary.json").read_text())["size"]
+    assert all(0 < count < n_tokens for count in row["support"]) and len(row["kl"]) == len(row["pieces"])
 
 
 def test_generate_says_when_the_model_has_less_room(model, here, capsys):

@@ -17,6 +17,7 @@ from agents.cli import main as cli
 from agents.cli import trained_model as verbs
 from agents.runs.live_screen import LiveScreen
 from agents.runs.screens import warnings_on
+from tests.agents.report.made_runs import data_of
 from tests.helpers.command import ROLLOUT, ROOT, run, settings
 from textenv import demo
 
@@ -177,6 +178,31 @@ def test_show_writes_the_credit_of_a_few_episodes(done, capsys):
         assert low <= value <= high
     assert run("show", done, "--prompt", "399", "--credit", "2") == 2
     assert "Expected --prompt and --credit of prompts up to number" in capsys.readouterr().err
+    assert run("show", done, "--credit", "2", "--html") == 2
+    assert "Expected --html or --credit, got both" in capsys.readouterr().err
+
+
+def test_show_writes_the_episode_of_the_terminal_as_a_page(done, capsys):
+    assert run("show", done, "--prompt", "1") == 0
+    said = re.findall(r"^'(.+)' +(-?\d\.\d+) +(-?\d+\.\d+)", capsys.readouterr().out, flags=re.MULTILINE)
+    assert run("show", done, "--prompt", "1", "--html") == 0
+    assert capsys.readouterr().out == f"page: {done / 'episode.html'}\n"
+    data = data_of(done / "episode.html")
+    row = data["runs"][0]["episodes"]["tables"][0]["episodes"][0]
+    assert data["kind"] == "episode" and [piece.strip() for piece in row["pieces"]] == [
+        text.strip() for text, *_ in said
+    ]
+    for name, column in (("reward", 1), ("value", 2)):
+        assert row[name] == pytest.approx([float(line[column]) for line in said], abs=6e-4)
+    # The divergence is that of the sampled token, and the penalty the default's, 0.05 per nat.
+    assert row["penalty"] == pytest.approx([0.05 * kl for kl in row["kl"]], rel=1e-3, abs=1e-6)
+    following, advantage = 0.0, 0.0
+    for i in reversed(range(len(said))):  # gamma 1, lambda 0.95
+        advantage = row["reward"][i] - row["penalty"][i] + following - row["value"][i] + 0.95 * advantage
+        following = row["value"][i]
+        assert row["advantage"][i] == pytest.approx(advantage, abs=1e-3)
+        assert row["return"][i] == pytest.approx(advantage + following, abs=1e-3)
+    assert "ratio" not in row and all(len(one) == 5 for one in row["alternatives"])
 
 
 def test_chat_remembers(model, monkeypatch, capsys):

@@ -49,7 +49,14 @@ def test_e10_a_seeds_run_is_the_single_run(made, model, tmp_path):
 
 
 def test_a_table_and_a_picture_of_all_seeds(made):
-    assert {path.name for path in made.iterdir()} == {"seed_1", "seed_3", "seeds.md", "seeds.json", "seeds.png"}
+    assert {path.name for path in made.iterdir()} == {
+        "seed_1",
+        "seed_3",
+        "seeds.md",
+        "seeds.json",
+        "seeds.png",
+        "report.html",
+    }
     text, numbers = (made / "seeds.md").read_text(), json.loads((made / "seeds.json").read_text())
     assert "| figure | mean before | mean after | difference | IQM before | IQM after |" in text
     assert "| figure | seed 3 | seed 1 | lowest to highest | width of one interval |" in text
@@ -113,14 +120,14 @@ def fakes(monkeypatch, fails):
     """Replace runs and the table; return the lists of started seeds and of tables. `fails` maps seeds to errors."""
     started, tables = [], []
 
-    def start(config, dumped, options):
+    def start(config, dumped, options, reporter=None):
         started.append(config.seed)
         if config.seed in fails:
             raise fails[config.seed]
         return 0
 
     monkeypatch.setattr(several, "start", start)
-    monkeypatch.setattr(several, "_finish", lambda plans, options: tables.append(plans))
+    monkeypatch.setattr(several, "_finish", lambda plans, options, reporter: tables.append(plans))
     return started, tables
 
 

@@ -25,9 +25,9 @@ from ..configuration.defaults import DEMO_PPO_SETTINGS, DEMO_SETTINGS, PPO_NAMES
 from ..configuration.plain_yaml import check_bounds, read_yaml
 from ..configuration.values import WORDS, check_values, in_words
 from ..errors import CommandError
+from .help_groups import ONLY_HERE, regroup
 
 MODE = "textenv"  # the name under which jsonargparse knows our loader: its own for YAML, after `check_bounds`
-ONLY_HERE = "only on the command line"
 
 
 class HelpFormatter(DefaultHelpFormatter):
@@ -93,9 +93,10 @@ def make_parser(
     for group in parser._action_groups:
         config_class = getattr(group, "group_class", None)  # set by jsonargparse for a nested dataclass
         if config_class is not None:
-            group.title = f"{group.dest}: {_first_line(config_class)}".rstrip(".")
             whole = next(action for action in parser._actions if action.dest == group.dest)  # --env and the like
-            whole.metavar, whole.help = "{KEY: VALUE, ...}", "Several of the following keys at once."
+            section = _first_line(config_class).rstrip(".")
+            whole.metavar, whole.help = "{KEY: VALUE, ...}", f"{section}: several keys at once."
+    regroup(parser, config)
     return parser
 
 

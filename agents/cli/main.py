@@ -19,6 +19,7 @@ from ..configuration.stage_folders import check_folders
 from ..errors import CommandError, Exit, StageStopped
 from ..runs.plan import Plan
 from .arguments import check_file, make_parser, parse, parse_options, set_defaults, split, with_config
+from .help_groups import overview
 from .named_models import check_model, refuse_zip, with_source
 from .options import (
     ChatOptions,
@@ -57,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
     try:
         if not words or words[0] in ("-h", "--help"):
-            print(_overview())
+            print(overview(VERBS))
             return Exit.DONE
         if words[0] == "--version":
             from textenv import __version__  # which loads gymnasium
@@ -106,18 +107,6 @@ def _refuse(error: CommandError) -> int:
 def _say(line: str) -> None:
     with suppress(OSError):  # the terminal may be closed; the exit code remains
         print(line, file=sys.stderr, flush=True)
-
-
-def _overview() -> str:
-    lines = "\n".join(f"  {name:<14}{verb.does}" for name, verb in VERBS.items())
-    return (
-        "usage: textenv VERB ...\n\nReinforcement learning of language models on text.\n\n"
-        f"{lines}\n\n`textenv train` alone runs the built-in demo. `textenv VERB --help` lists a verb's arguments,\n"
-        "and `textenv --version` prints the version.\n"
-        "Exit codes: 0 done, 1 unexpected error (doctor: something to fix), 2 wrong arguments or refused input,\n"
-        "3 a NaN or infinity in training, 4 a failed reward, 5 a failed write to the disk, 6 a missing package,\n"
-        "130 and 143 interrupted."
-    )
 
 
 def train_config(words: list[str], verb: str = "train") -> tuple[TrainConfig, Any, str]:

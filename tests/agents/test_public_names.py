@@ -10,38 +10,28 @@ from pathlib import Path
 import pytest
 
 import agents
-import textenv
 from tests.helpers.command import ROOT
 from tests.helpers.documented import PAGES
+from tests.helpers.public import PUBLIC
 
-ROOMS = ("textenv.adapters", "textenv.feedback", "textenv.metrics", "textenv.rewards", "textenv.tasks")
 FROM = re.compile(r"\bfrom +((?:agents|textenv)(?:\.\w+)*) +import +(?:\(([^)]*)\)|([\w, ]+))")
 PLAIN = re.compile(r"^[ >]*import +((?:agents|textenv)\.[\w.]+)", flags=re.MULTILINE)
 # agents.files.write_text or agents.files:write_text; but `python -m agents.zoo` starts a program.
 DOTTED = re.compile(r"(?<![\w./-])(?<!-m )((?:agents|textenv)(?:\.\w+)+)(?::(\w+))?")
-PUBLIC = {"agents": agents.__all__, "textenv": textenv.__all__}
-# Configurations of rl_zoo3 and of textenv name classes by their modules alone, these included.
-BY_MODULE = {
-    "agents.zoo.policies": ("DemoPolicy", "MaskableDemoPolicy"),
-    "agents.supervised.learned_reward": ("LearnedReward",),
-}
 
 
 def is_public(module, name):
-    """Return whether a name of a module may be used: one of `__all__`, or one without underscore in a public room."""
-    if module in PUBLIC:
-        return name in PUBLIC[module]
-    in_room = f"{module}.".startswith(tuple(f"{room}." for room in ROOMS))
-    return in_room and not any(part.startswith("_") for part in (*module.split("."), name))
+    """Return whether a name of a module may be used."""
+    return name in PUBLIC.get(module, ())
 
 
 def is_public_path(path):
-    """Return whether a dotted path leads to a public name, to an attribute of one, or into a public room."""
-    package, *parts = path.split(".")
-    module, _, last = path.rpartition(".")
-    if is_public(package, parts[0]) or last in BY_MODULE.get(module, ()):
-        return all(part == "__version__" or not part.startswith("_") for part in parts)
-    return path in ROOMS or is_public(module, last)
+    """Return whether a dotted path leads to a public name, to an attribute of one, or to a folder of public modules."""
+    parts = path.split(".")
+    if any(part.startswith("_") and part != "__version__" for part in parts):
+        return False
+    splits = [(".".join(parts[:n]), parts[n]) for n in range(1, len(parts))]
+    return any(is_public(*split) for split in splits) or any(f"{name}.".startswith(f"{path}.") for name in PUBLIC)
 
 
 def private_imports(text):
@@ -79,10 +69,10 @@ def test_examples_and_pages_import_public_names_alone():
         ('python -c "from textenv import hub; hub"', ["from textenv import hub"]),
         ("import textenv.episodes.scores", ["import textenv.episodes.scores"]),
         (
-            "from textenv.rewards.overlap import ROUGE, _OverlapReward",
-            ["from textenv.rewards.overlap import _OverlapReward"],
+            "from textenv.rewards.classifier import Classifier, _Labels",
+            ["from textenv.rewards.classifier import _Labels"],
         ),
-        ("from textenv.rewards._hidden import Reward", ["from textenv.rewards._hidden import Reward"]),
+        ("from textenv.rewards.overlap import ROUGE", ["from textenv.rewards.overlap import ROUGE"]),  # the room has it
         ("import textenv.rewardsome", ["import textenv.rewardsome"]),
         ("import agents\nagents.files.write_text(file, text)", ["agents.files.write_text"]),
         ("import textenv\ntextenv.masks.token_masks.MinLengthMask(3)", ["textenv.masks.token_masks.MinLengthMask"]),
@@ -90,7 +80,7 @@ def test_examples_and_pages_import_public_names_alone():
         ("import agents\nagents.sft.tune(lm)\nagents.KLPenalty._on_step\n", ["agents.KLPenalty._on_step"]),
         ("import textenv.rewards\ntextenv.rewards.make_reward('length')\nprint(textenv.__version__)", []),
         ("env: {reward: {id: 'agents.files:write_text'}}", ["agents.files:write_text"]),
-        ("env: {reward: {id: 'textenv.rewards.rules:Length'}}\npolicy: agents.zoo.policies.DemoPolicy", []),
+        ("env: {reward: {id: 'textenv.rewards.classifier:Classifier'}}\npolicy: agents.zoo.policies.DemoPolicy", []),
         ("the tests are in tests.agents.files, and agents/files.py is a file", []),
     ],
 )

@@ -180,7 +180,7 @@ def test_help_shows_both_defaults_and_words(verb, capsys):
     for key, value in (DEMO_SETTINGS | DEMO_PPO_SETTINGS).items():
         entry = text.partition(f"--{key} ")[2].partition(" --")[0]
         assert f'default: {value} with the model "demo"' in entry and re.search("else (null|100000|constant|{})", entry)
-    for heading in ("env: The episodes of the task", "kl: The penalty on", "only on the command line:"):
+    for heading in ("choose the task and its reward:", "--kl {KEY: VALUE, ...}", "(only on the command line):"):
         assert heading in text
     assert (verb == "doctor") == ("Check model, tokenizer, reward and settings before training, or" in text)
 

@@ -228,8 +228,9 @@ class EvaluationConfig:
         env_args: Arguments of the environment that differ in evaluations, such as `{part: held_out}`.
         metrics: Metrics by name, or {id: NAME, args: {...}}.
         judge: A reward that the run is not trained on, by name, or {id: NAME, args: {...}}; its mean score of the
-            texts is the figure `judge`.
-        best: The figure by which the best model is chosen, which is kept.
+            texts is the figure `judge`, and `gap` says how far the reward has risen ahead of it, in deviations.
+        best: The figure by which the best model is chosen, which is kept; in a file or on the command line `judge` is
+            the default if there is a judge.
         higher_is_better: Whether a higher value of the figure `best` is better.
         patience: Stop training after this many evaluations in a row without a better figure; null never stops.
     """

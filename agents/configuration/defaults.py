@@ -1,4 +1,4 @@
-"""The defaults of a configuration that depend on other keys: those of the demo model, and those of a recipe."""
+"""The defaults of a configuration that depend on other keys: those of the demo model, of a recipe and of a judge."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ PPO_NAMES = ("ppo", "maskable_ppo")
 
 
 def default_settings(given: TrainConfig) -> dict[str, Any]:
-    """Return the defaults, by dotted key, that differ from those of `TrainConfig`: the demo model's and the recipe's.
+    """Return the defaults, by dotted key, that differ from those of `TrainConfig`: the demo model's, the recipe's, ...
 
     Where both have a key, the recipe's counts. Arguments of the environment are given to those that the configuration
-    has, and replace none of them.
+    has, and replace none of them. Where there is a judge, it says which model is the best, as in `Evaluate`.
 
     Args:
         given: The configuration with the defaults of `TrainConfig`.
@@ -43,7 +43,8 @@ def default_settings(given: TrainConfig) -> dict[str, Any]:
     """
     recipe = {} if given.algorithm.recipe is None else RECIPES[given.algorithm.recipe]
     settings = _demo_settings(given) if given.model.name == ModelConfig.name else {}
-    return {**settings, **recipe}
+    by_judge = {} if given.evaluation.judge is None else {"evaluation.best": "judge"}
+    return {**settings, **recipe, **by_judge}
 
 
 def _demo_settings(given: TrainConfig) -> dict[str, Any]:

@@ -20,6 +20,8 @@ CURVES = (
     ("reward/task", "reward"),
     ("kl/sequence", "KL from the reference, nats"),
     ("episode/length", "length, tokens"),
+    ("eval/judge", "judge"),
+    ("eval/gap", "reward ahead of the judge, deviations"),
 )
 PNG = b"\x89PNG\r\n\x1a\n"  # the first bytes of every PNG file
 SPIKE = 2.0  # in heights of the curves: a value farther away from them is marked at the panel's edge

@@ -33,6 +33,7 @@ from ..policies.actor_critic import LMActorCritic
 from ..policies.lm_policy import LMPolicy
 from ..steps.kl_penalty import KLPenalty
 from .evaluation import Evaluation, evaluate
+from .judge_gap import judge_gap
 from .prompt_scores import SCORES_FILE, Scored, scores_in, write_scores
 from .tables import finite
 
@@ -45,7 +46,8 @@ class Evaluate(BaseCallback):
     """Evaluates before training, every `every` tokens between iterations, and at the end; does not change training.
 
     It logs `eval/<figure>` for every figure of `evaluate`, at the number of tokens trained on. All evaluations have the
-    same seed, so that they can be compared. If it has a folder, it writes there
+    same seed, so that they can be compared. With a judge it also logs `eval/gap`: how far the reward has risen ahead of
+    the judge since the first evaluation, in standard deviations (see `judge_gap`). If it has a folder, it writes there
 
     - `history.json`: the figures of every evaluation,
     - `scores.json`: the scores of each prompt in the first and in the newest evaluation, for intervals over seeds,
@@ -66,7 +68,8 @@ class Evaluate(BaseCallback):
         metrics: The metrics, as for `evaluate`.
         every: The number of tokens from one evaluation to the next, rounded up to whole rollouts.
         folder: The folder of the history and the best model; None keeps neither.
-        best: The name of the figure by which models are compared.
+        best: The name of the figure by which models are compared; by default `judge` if there is a judge, else
+            `reward`: where the judge falls while the reward rises, the best model and `patience` follow the judge.
         higher_is_better: Whether a larger figure is better; False for a perplexity.
         patience: The number of evaluations in a row without a better figure after which training stops; None never
             stops.
@@ -89,7 +92,7 @@ class Evaluate(BaseCallback):
         *,
         every: int = 10_000,
         folder: str | os.PathLike[str] | None = None,
-        best: str = "reward",
+        best: str | None = None,
         higher_is_better: bool = True,
         patience: int | None = None,
         **kwargs: Any,
@@ -100,7 +103,8 @@ class Evaluate(BaseCallback):
         self.prompts, self.tokenizer, self.metrics, self.kwargs = prompts, tokenizer, metrics, kwargs
         self.every, self.patience = every, patience
         self.folder = None if folder is None else Path(folder)
-        self.best, self.sign = best, 1 if higher_is_better else -1
+        self.best = best or ("reward" if kwargs.get("judge") is None else "judge")
+        self.sign = 1 if higher_is_better else -1
         self.history: dict[int, dict[str, float]] = {}  # the figures, by the number of tokens trained on
         self.measured: dict[int, Scored] = {}  # the first and the newest evaluation, with the scores of each prompt
         self.best_value, self.best_at = -self.sign * math.inf, 0
@@ -222,6 +226,8 @@ class Evaluate(BaseCallback):
         self.history[now] = {name: figure.value for name, figure in result.figures.items()}
         first = min(self.history)
         self.measured = {at: scored for at, scored in self.measured.items() if at == first} | {now: result}
+        if first in self.measured and {"reward", "judge"} <= result.figures.keys():
+            self.history[now]["gap"] = judge_gap(self.measured[first], result)
         value = self.history[now][self.best]
         if self.sign * value > self.sign * self.best_value:
             self.best_value, self.best_at = value, now

@@ -23,7 +23,8 @@ SHOWN = (  # label, key in metrics.jsonl, format
     ("tokens/s", "time/tokens_per_second", ".0f"),
 )
 
-EVALUATED = {"eval/reward": "evaluated", "eval/judge": "judge"}  # by key in metrics.jsonl, its label in the live view
+# By key in metrics.jsonl, its label in the live view.
+EVALUATED = {"eval/reward": "evaluated", "eval/judge": "judge", "eval/gap": "gap"}
 
 
 class Screen(Protocol):

@@ -258,6 +258,9 @@ def _run(run: RunFolder, config: TrainConfig, options: RunOptions, screen: Scree
                 log_interval=1,  # every iteration is a row; the default of SB3 `a2c.A2C.learn` is 100
                 reset_num_timesteps=checkpoint is None,
             )
+        if evaluate.is_over and agent.num_timesteps < config.total_tokens:
+            since = f"no better {evaluate.best} since {evaluate.best_at:,} tokens"
+            screen.say(f"stopped early: {since} (evaluation.patience {evaluate.patience})")
         agent.logger.close()
         for tracker in trackers:
             tracker.close()

@@ -140,6 +140,23 @@ def test_show_has_a_line_a_token(done, capsys):
     assert run("show", done, "--prompt", "400") == 2
 
 
+def test_a_judge_chooses_the_best_model_and_its_gap_is_written(done):
+    """Here all texts of the start have one length and one score of the judge, so that no gap is known."""
+    assert re.search(r"^  best: judge$", (done / "config.yml").read_text(), flags=re.MULTILINE)
+    assert json.loads((done / "best" / "best.json").read_text())["figure"] == "judge"
+    history = json.loads((done / "history.json").read_text())
+    rows = [json.loads(line) for line in (done / "metrics.jsonl").read_text().splitlines()]
+    gaps = [row["eval/gap"] for row in rows if "eval/gap" in row]
+    assert gaps == [row["figures"]["gap"] for row in history] == [None] * len(gaps) and len(gaps) >= 2
+
+
+def test_a_run_that_its_judge_stops_says_so(model, tmp_path, capsys):
+    words = settings(model, tmp_path / "run", rollouts=4, **{"evaluation.every": 1, "evaluation.patience": 1})
+    assert run("train", *words, "--evaluation.judge", "zero") == 0
+    assert "stopped early: no better judge since 0 tokens (evaluation.patience 1)" in capsys.readouterr().out
+    assert json.loads((tmp_path / "run" / "history.json").read_text())[-1]["num_timesteps"] == ROLLOUT
+
+
 def test_show_writes_the_credit_of_a_few_episodes(done, capsys):
     assert run("show", done, "--prompt", "1", "--credit", "2", "--continuations", "3") == 0
     said = capsys.readouterr().out

@@ -40,6 +40,17 @@ def drawn(monkeypatch, tmp_path):
     return draw
 
 
+def test_a_judge_and_its_gap_have_panels_of_their_own(drawn):
+    """They are in the rows with an evaluation alone; a run without a judge has no such panel."""
+    plain = rows(RISE[:4], RISE[:4])
+    judged = [row | ({"eval/judge": 0.5, "eval/gap": float(i)} if i % 2 == 0 else {}) for i, row in enumerate(plain)]
+    axes = drawn({"judged": judged}).get_axes()
+    titles = ["reward", "KL from the reference, nats", "judge", "reward ahead of the judge, deviations"]
+    assert [axis.get_title() for axis in axes] == titles
+    assert list(axes[3].get_lines()[0].get_ydata()) == [0.0, 2.0]
+    assert [axis.get_title() for axis in drawn({"plain": plain}).get_axes()] == titles[:2]
+
+
 @pytest.mark.parametrize(
     ("curves", "shown"),
     [

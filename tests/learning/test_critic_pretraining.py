@@ -4,7 +4,15 @@ import numpy as np
 import pytest
 from stable_baselines3.common.callbacks import BaseCallback
 
-from agents import PretrainedCritic, SeparateCritic, fit_critic, make_agent
+from agents import (
+    PretrainedCritic,
+    SeparateCritic,
+    critic_agreement,
+    fit_critic,
+    generate,
+    make_agent,
+    monte_carlo_values,
+)
 from agents.supervised import critic_fit
 from tests.helpers.training import tiny_config
 from textenv import CharTokenizer, TextEnv
@@ -73,9 +81,8 @@ def test_a_pretrained_critic_needs_fewer_rollouts_its_own_included(tmp_path, fre
     assert np.mean(needed) < 0.85 * fresh, (needed, fresh)
 
 
-@pytest.mark.slow
-def test_a_critic_of_other_texts_returns_does_not_help(tmp_path, fresh, monkeypatch):
-    """The negative control: the same texts and returns, but each text with the returns of another."""
+def shuffle_returns(monkeypatch):
+    """Fit to the same texts and returns from now on, but to each text with the returns of another."""
     collect = critic_fit.collect_texts
 
     def shuffled(*args):
@@ -84,9 +91,32 @@ def test_a_critic_of_other_texts_returns_does_not_help(tmp_path, fresh, monkeypa
         return [text._replace(returns=texts[i].returns) for text, i in zip(texts, order)]
 
     monkeypatch.setattr(critic_fit, "collect_texts", shuffled)
+
+
+@pytest.mark.slow
+def test_a_critic_of_other_texts_returns_does_not_help(tmp_path, fresh, monkeypatch):
+    """The negative control."""
+    shuffle_returns(monkeypatch)
     needed = []
     for seed in SEEDS:
         critic, explained = fitted(tmp_path / str(seed), seed)
         assert explained < 0.2
         needed.append(FITTED + rollouts_to_target(critic, seed))
     assert np.mean(needed) > fresh, (needed, fresh)
+
+
+def agreement_of(critic):
+    """Return how a critic agrees with the values of the start by Monte Carlo, over a text of each letter's prompt."""
+    model = agent(critic, seed=0)
+    texts = generate(model, [2 * letter for letter in LETTERS], TOKENIZER, max_new_tokens=N_TOKENS, stop_ids=())
+    return critic_agreement([monte_carlo_values(model, text, n=16, n_envs=512) for text in texts])
+
+
+@pytest.mark.slow
+def test_a_fitted_critic_agrees_with_the_truth_and_one_of_other_texts_does_not(tmp_path, monkeypatch):
+    found = agreement_of(fitted(tmp_path / "own", 0)[0])
+    assert [row.part for row in found] == ["all", "first", "middle", "last"]
+    assert all(row.correlation > 0.9 and abs(row.bias) < 0.3 for row in found), found
+    shuffle_returns(monkeypatch)
+    control = agreement_of(fitted(tmp_path / "other", 0)[0])
+    assert control[0].correlation < 0.5, control

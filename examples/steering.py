@@ -66,7 +66,7 @@ def main() -> None:
     prompts = [COIN] if args.prompts is None else read_lines(args.prompts)
     # One prompt stands 64 times in the list, so that its texts are resampled one by one for the intervals.
     held_out, n = ([COIN] * 64, 1) if args.held_out is None else (read_lines(args.held_out), 8)
-    n_tokens, n_envs = (6_144 if args.prompts is None else 8_192), 32
+    n_tokens, n_envs = 8_192, 32
     if args.smoke:
         held_out, n_tokens, n_envs = held_out[:8], 1_024, 16
     check_settings(args.out, {"prompts": prompts, "model": args.model, "seed": args.seed, "smoke": args.smoke})

@@ -117,7 +117,7 @@ _WORDS = {
         "价值的目标：价值加上按价值 λ 的优势。",
     ),
     "about_advantage": (
-        "As the buffer has it, before any normalisation: blue tokens became likelier, orange ones less likely.",
+        "As the buffer has it, before any normalisation: blue tokens are made likelier, orange ones less likely.",
         "缓冲区中的值，未归一化：蓝色词元的概率被提高，橙色的被降低。",
     ),
     "about_kl": (

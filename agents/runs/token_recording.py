@@ -29,9 +29,9 @@ MOST_TABLES = 32  # in a whole run, and one more after its end: the file is boun
 class TokenRecorder(BaseCallback):
     """Writes the numbers of each token of a few trained episodes into `tokens.jsonl`; does not change training.
 
-    At the rollouts of a run's tables of samples, or fewer, and at the last one, it takes the episodes with the lowest
-    and the highest score and two between. What the rollout knows of them is taken as it is (see `token_rows`), when the
-    rollout ends. The update's part is known after it, when the weights have changed:
+    At the rollouts of a run's tables of samples, or fewer, and at the last one, it takes the whole episodes with the
+    lowest and the highest score and two between. What the rollout knows of them is taken as it is (see `token_rows`),
+    when the rollout ends. The update's part is known after it, when the weights have changed:
 
     - `ratio`: the probability of the token after the update over that before, unclipped;
     - `clipped`: whether the loss has no gradient at that ratio: PPO's clip acts, or the surrogate's. Not with A2C and
@@ -122,11 +122,14 @@ class TokenRecorder(BaseCallback):
 
 
 def by_score(trained: TrainedSequences, n: int) -> list[int]:
-    """Return the numbers of n ended sequences, evenly spaced from the lowest score to the highest.
+    """Return the numbers of n sequences, evenly spaced from the lowest score to the highest.
 
-    Where no sequence has ended, all are taken for ended.
+    They are whole episodes where there are any, then ends of episodes that an earlier rollout began, then any others.
     """
-    ended = [i for i in range(len(trained)) if trained.segment(i).is_finished] or list(range(len(trained)))
-    ranked = sorted(ended, key=lambda i: float(trained.transitions(i).task_rewards.sum()))
+    ended = [i for i in range(len(trained)) if trained.segment(i).is_finished]
+    whole = [i for i in ended if trained.transitions(i).cols[0] == trained.segment(i).n_prompt - 1]
+    ranked = sorted(
+        whole or ended or range(len(trained)), key=lambda i: float(trained.transitions(i).task_rewards.sum())
+    )
     places = np.linspace(0, len(ranked) - 1, min(n, len(ranked))).round().astype(int)
     return [ranked[place] for place in places]

@@ -52,7 +52,7 @@ function panel(id, title, curves, stacked = false, unit = "tokens") {
     card.replaceChildren(element("figcaption", "", title), chart.picture, reading, names);
     follow(chart, shown, reading, t(unit));
   };
-  for (const curve of curves.length > 1 ? curves : []) {
+  for (const curve of curves.length > 1 || stacked ? curves : []) {
     const key = `${id}/${curve.name}`;
     const toggle = button(curve.name, () => {
       if (!state.hidden.delete(key)) state.hidden.add(key);

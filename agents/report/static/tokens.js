@@ -8,9 +8,9 @@ const COLOURS = [["reward", 0], ["penalty", 0], ["return"], ["value"], ["advanta
 
 const isKnown = (value) => value !== null && value !== undefined;
 
-// The range of a number over all episodes of a table, so that their colours can be compared.
-function rangeOf(episodes, name, middle) {
-  const values = episodes.flatMap((episode) => (episode[name] ?? []).filter(isKnown).map(Number));
+// The range of a number in an episode: credit is a matter of one text, and a bad text would leave no colour to a good one.
+function rangeOf(episode, name, middle) {
+  const values = episode[name].filter(isKnown).map(Number);
   const [low, high] = values.length ? extent(values) : [0, 0];
   if (middle === undefined) return { low, high };
   const reach = Math.max(Math.abs(low - middle), Math.abs(high - middle));
@@ -95,7 +95,7 @@ function tokens() {
     const episode = episodes[chosen];
     const known = COLOURS.filter(([key]) => episode[key]);
     const [name, middle] = known.find(([key]) => key === state.colour) ?? known.find(([key]) => key === "advantage") ?? known[0];
-    const range = rangeOf(episodes, name, middle);
+    const range = rangeOf(episode, name, middle);
     const set = (key) => (value) => {
       state[key] = key === "colour" ? value : Number(value);
       draw();
@@ -112,7 +112,7 @@ function tokens() {
       choices.append(choice("table", t("after_tokens"), tables.map((one, i) => [i, number(one.tokens)]), at),
         choice("episode", t("episode"), episodes.map((one, i) => [i, score(one)]), chosen));
     }
-    const panelOf = element("div");
+    const panelOf = element("div", "side");
     let marked = null;
     const show = (i, token) => {
       marked?.classList.remove("marked");
@@ -123,7 +123,7 @@ function tokens() {
     const text = tokenText(episode, name, range, show);
     const explained = t(`about_${name}`);
     view.replaceChildren(choices, element("div", "card both", element("div", "", text, legend(name, range),
-      explained.startsWith("about_") ? "" : note(explained)), panelOf), lines(episode));
+      explained.startsWith("about_") ? "" : note(explained), lines(episode)), panelOf));
     const first = text.querySelector(".token:not(.other)") ?? text.querySelector(".token");
     if (first) show([...text.querySelectorAll(".token")].indexOf(first), first);
   };
@@ -139,7 +139,7 @@ function lines(episode) {
   const names = ["value", "return", "advantage"].filter((name) => episode[name]);
   const x = episode.pieces.map((_, i) => i + 1);
   const curvesOfText = names.map((name, color) => ({ name: t(`of_${name}`), color, x, y: episode[name] }));
-  return element("div", "panels", panel("along", t("along"), curvesOfText, false, "token_number"));
+  return panel("along", t("along"), curvesOfText, false, "token_number");
 }
 
 // The values of prefixes by Monte Carlo beside the critic's, where somebody has measured them.

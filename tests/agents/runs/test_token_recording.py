@@ -121,6 +121,11 @@ def test_pieces_are_the_text_and_scores_go_from_lowest_to_highest(tmp_path):
     assert scores == sorted(scores) and scores[0] < scores[-1]
 
 
+def test_whole_episodes_come_before_those_that_an_earlier_rollout_began(tmp_path):
+    tables, *_ = recorded(tmp_path, env=tiny_env(max_new_tokens=4), n_steps=6)
+    assert all(None not in row["value"] for table in tables.values() for row in table)
+
+
 def test_the_tokens_that_could_be_sampled_are_counted(tmp_path):
     tables, *_ = recorded(tmp_path, policy_kwargs={"top_k": 3})
     for row in (row for table in tables.values() for row in table):

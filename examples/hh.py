@@ -38,7 +38,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -82,7 +82,7 @@ class Settings(NamedTuple):
     reward_batch: int  # pairs
     reward_rate: float  # the peak of the learning rate
     reward_layers: int | None  # the lowest layers of the model, of which a reward model is made; None for all
-    loss: Literal["last", "tokens"]
+    max_tokens: int  # that a reward model reads; longer texts lose their start
     max_prompt_tokens: int
     max_new_tokens: int
     n_tokens: int  # of PPO
@@ -95,14 +95,9 @@ class Settings(NamedTuple):
     kl: float
     n_prompts: int  # of the evaluation
 
-    @property
-    def max_tokens(self) -> int:
-        """The most tokens that a reward model reads; longer texts lose their start."""
-        return self.max_prompt_tokens + self.max_new_tokens
 
-
-FRESH = Settings(2.0, 16, 3e-4, None, "last", 96, 32, 40_960, 64, 32, 4, 0.0, 16, 0.3, 0.05, 250)
-PRETRAINED = Settings(0.5, 8, 2e-4, 6, "tokens", 32, 24, 6_144, 32, 32, 2, 1.0, 8, 0.03, 0.03, 120)
+FRESH = Settings(2.0, 16, 3e-4, None, 128, 96, 32, 40_960, 64, 32, 4, 0.0, 16, 0.3, 0.05, 250)
+PRETRAINED = Settings(1.0, 8, 1e-4, 6, 80, 32, 24, 5_120, 32, 32, 2, 1.0, 8, 0.03, 0.03, 120)
 SMOKE = {"n_tokens": 512, "n_envs": 8, "n_prompts": 8}
 N_HELD_OUT = 500  # pairs that the small model is measured on; a tenth of all where a pretrained one is trained
 LEARNING_RATE = 1e-3
@@ -142,7 +137,6 @@ def learn_reward(
         [Ranking((pair.chosen, pair.rejected), pair.prompt) for pair in pairs],
         folder,
         first_layers=settings.reward_layers,
-        loss=settings.loss,
         n_epochs=settings.reward_epochs,
         batch_size=settings.reward_batch,
         learning_rate=settings.reward_rate,

@@ -20,7 +20,8 @@ and what a model learns from them may be so, too: texts are kept in `--out`, and
 A reward model has never read a reply without a word, and scores it like a good one, so that PPO may find silence. A
 gate in front of it pays such a reply -2 standard deviations, whatever the reward model would say.
 
-examples/README.md has the figures. All settings of the small model were chosen on quarters of the training pairs; the
+examples/README.md has the figures; with --model the reward model is at chance so far, and PPO for it can teach nothing.
+All settings of the small model were chosen on quarters of the training pairs; the
 held-out pairs are always the same. `examples/configs/hh.yml` and `examples/configs/smollm2/hh.yml` have the same stages
 for `textenv`.
 

@@ -287,6 +287,10 @@ class RewardModelConfig(StageConfig):
         from_feedback: Instead of `data`, a file of people's answers that `textenv rate` collected.
         held_out: A file of data to evaluate on, which is not trained on; with `from_feedback`, by default a tenth of
             the prompts.
+        half: Train on the first or the second half of the training data alone: another reward model that learns from
+            the other half can judge (`evaluation.judge`); null for all data.
+        first_layers: The number of the model's lowest layers that the reward model has, to save time and memory; null
+            for all.
         loss: Compare the scores of two texts at their last tokens ("last"), or at all tokens from their first
             difference on ("tokens").
         centring: The weight of a penalty that keeps scores around zero; 0 for none.
@@ -298,6 +302,8 @@ class RewardModelConfig(StageConfig):
     fresh: dict[str, Any] = field(default_factory=dict)
     tokenizer: str | None = None
     from_feedback: str | None = None
+    half: Literal["first", "second"] | None = None
+    first_layers: int | None = None
     loss: Literal["last", "tokens"] = "last"
     centring: float = 0.0
     n_epochs: float = 1.0

@@ -78,8 +78,20 @@ def read_preferences(config: RewardModelConfig, tokenizer: Tokenizer) -> Rows:
         tokenizer: The tokenizer, whose chat template renders pairs of conversations.
 
     Raises:
-        CommandError: If a row has other columns, the task has no preferences, or the store of feedback does not exist.
+        CommandError: If a row has other columns, the task has no preferences, the store of feedback does not exist, or
+            a half of the data is empty.
     """
+    rows = _all_preferences(config, tokenizer)
+    if config.half is None:
+        return rows
+    middle = len(rows.train) // 2
+    half = rows.train[:middle] if config.half == "first" else rows.train[middle:]
+    if not half:
+        raise CommandError(f"Expected at least two examples with half={config.half}, got {len(rows.train)}.")
+    return rows._replace(train=half)
+
+
+def _all_preferences(config: RewardModelConfig, tokenizer: Tokenizer) -> Rows:
     if config.from_feedback is not None:
         if config.data is not None or config.task is not None:
             raise CommandError("Expected --from-feedback in the place of --data and --task, got both.")

@@ -162,6 +162,7 @@ def train_scorer(config: RewardModelConfig, options: StageOptions) -> int:
         examples.train,
         _out(config),
         held_out=examples.held_out,
+        first_layers=config.first_layers,
         loss=config.loss,
         centring=config.centring,
         **_training(config, options),

@@ -79,6 +79,8 @@ class ModelConfig:
             these, as `textenv critic` has fitted it.
         critic_model: With critic "separate" or "reward_model", the name, folder or GGUF file of its model; with
             "pretrained", the folder that `textenv critic` wrote.
+        critic_normalise: With critic "reward_model", normalise values by the statistics beside its model, as a reward
+            with stats "stored" does.
         value_norm: How to normalise returns for the critic: "norm" by running mean and deviation; "popart" does the
             same and keeps the predicted values unchanged meanwhile (PopArt); null for not at all.
         critic_lr_scale: A factor on the learning rate of the critic.
@@ -100,6 +102,7 @@ class ModelConfig:
     lora_alpha: float = 16.0
     critic: Literal["shared", "detached", "separate", "reward_model", "pretrained"] = "shared"
     critic_model: str | None = None
+    critic_normalise: bool = False
     value_norm: Literal["norm", "popart"] | None = None
     critic_lr_scale: float = 1.0
     temperature: float = 1.0

@@ -58,7 +58,7 @@ AT_LEAST_ONE, SHARE, SEED = Limits(1), Limits(0, 1, above=True), Limits(0, 2**32
 # The ranges by the last part of a key: the range of "algorithm.n_envs" is under "n_envs".
 LIMITS = {
     **dict.fromkeys(("total_tokens", "samples_every", "checkpoint_every", "keep_checkpoints"), AT_LEAST_ONE),
-    **dict.fromkeys(("max_new_tokens", "last_layers", "lora_r", "top_k", "top_p_lag"), AT_LEAST_ONE),
+    **dict.fromkeys(("max_new_tokens", "first_layers", "last_layers", "lora_r", "top_k", "top_p_lag"), AT_LEAST_ONE),
     **dict.fromkeys(("n_envs", "n_steps", "batch_size", "micro_batch_tokens", "overlong_tokens"), AT_LEAST_ONE),
     **dict.fromkeys(("every", "n_prompts", "n", "patience"), AT_LEAST_ONE),
     **dict.fromkeys(("max_tokens", "raters", "updates", "min_groups", "max_rollouts", "rollouts"), AT_LEAST_ONE),

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any, cast
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.activations import NewGELUActivation
@@ -26,6 +27,44 @@ def trunk_of(model: PreTrainedModel) -> PreTrainedModel:
     # The causal BART and its kin wrap their decoder once more, in a module without embeddings (`BartDecoderWrapper`).
     is_wrapper = list(dict(base.named_children())) == ["decoder"]
     return cast("PreTrainedModel", base.get_decoder() if is_wrapper else base)
+
+
+def keep_first_layers(model: PreTrainedModel, n: int) -> None:
+    """Remove the upper transformer layers of a model; its config then has the lower ones alone.
+
+    Args:
+        model: The model, changed in place. Its final norm and its head, which stay, then read the n-th layer.
+        n: The number of layers that stay, at least 1.
+
+    Raises:
+        ValueError: If the model has fewer layers, or its config with `n` layers describes another model.
+
+    Example:
+        >>> from transformers import GPT2Config, GPT2Model
+        >>> from agents.models.layers import keep_first_layers
+        >>> model = GPT2Model(GPT2Config(n_layer=3, n_embd=8, n_head=1, vocab_size=40))
+        >>> keep_first_layers(model, 2)
+        >>> len(model.h), model.config.n_layer
+        (2, 2)
+    """
+    layers = transformer_layers(model)
+    if not 1 <= n <= len(layers):
+        raise ValueError(f"Expected first_layers from 1 to the model's {len(layers)} layers, got {n}.")
+    stacks = [module for module in model.modules() if isinstance(module, nn.ModuleList) and list(module) == layers]
+    for stack in stacks:
+        del stack[n:]
+    config = model.config.get_text_config()
+    config.num_hidden_layers = n  # under this name in every config (`PreTrainedConfig.attribute_map`)
+    if vars(config).get("layer_types"):  # a list of kinds; a property where all layers are of one kind
+        config.layer_types = config.layer_types[:n]
+    with torch.device("meta"):
+        again = type(model)(model.config)
+    ours, theirs = ({name: weight.shape for name, weight in own.named_parameters()} for own in (model, again))
+    if ours != theirs:
+        raise ValueError(
+            f"Expected a model whose config builds it with {n} of its layers, too, got {type(model).__name__}: leave "
+            "first_layers out."
+        )
 
 
 def set_mode(model: nn.Module, training: bool) -> None:

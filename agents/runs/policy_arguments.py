@@ -34,4 +34,6 @@ def _critic(model: ModelConfig) -> CriticSpec:
     name = model.critic_model
     if model.critic == "separate":
         return SeparateCritic(Pretrained(name))
-    return RewardModelCritic(name) if model.critic == "reward_model" else PretrainedCritic(name)
+    if model.critic == "reward_model":
+        return RewardModelCritic(name, normalise=model.critic_normalise)
+    return PretrainedCritic(name)

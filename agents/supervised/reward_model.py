@@ -28,7 +28,7 @@ from textenv.rewards.text_reader import ReadAs, Scored, TextReader, longest
 from ..checkpoints.output_folders import check_output, output_folder
 from ..models.backbone import check_fits
 from ..models.critic import check_causal, score_head
-from ..models.layers import disable_dropout, fuse_activations, trunk_of
+from ..models.layers import disable_dropout, fuse_activations, keep_first_layers, trunk_of
 from ..models.pretrained import LMLike, LMSpec, PretrainedRewardModel, refuse_16_bits
 from ..small_models.training_loop import fit, similar_lengths
 from .accuracy import RewardFigures, figures
@@ -63,6 +63,7 @@ def train_reward_model(
     folder: str | os.PathLike[str],
     *,
     held_out: Sequence[Ranking] | Sequence[Labelled] = (),
+    first_layers: int | None = None,
     loss: Loss = "last",
     centring: float = 0.0,
     n_epochs: float = 1.0,
@@ -96,6 +97,8 @@ def train_reward_model(
         data: `Ranking`s (pairs are rankings of two; equal texts are left out, with a warning), or `Labelled` texts.
         folder: The folder to write, absent or empty.
         held_out: Data of the same kind that is not trained on, to measure the accuracy.
+        first_layers: The number of the model's lowest layers that the reward model has, for less time and memory here,
+            in the reward and in a critic that starts from it; by default all.
         loss: "last" compares the scores at the last tokens. "tokens" takes the mean over all columns from the first
             difference of two texts to the end of the longer one; after its end, the shorter text keeps its last score.
         centring: The factor of (sum of both scores)^2 in the loss, which centres the scores at 0: comparisons alone
@@ -114,8 +117,8 @@ def train_reward_model(
         The folder, the loss of each step, the scores' mean and deviation, and the figures on `held_out`.
 
     Raises:
-        ValueError: If there is no data, a ranking has fewer than two texts, the model is not causal, the interrupted
-            run had other arguments, or the folder holds files that would be lost.
+        ValueError: If there is no data, a ranking has fewer than two texts, the model is not causal or has fewer than
+            `first_layers`, the interrupted run had other arguments, or the folder holds files that would be lost.
         StageStopped: After a signal, once the state is saved.
 
     Example:
@@ -129,6 +132,8 @@ def train_reward_model(
         raise ValueError(f"Expected `loss` to be one of {get_args(Loss)}, got {loss!r}.")
     check_data("data", data)
     model = build_reward_model(lm, seed)
+    if first_layers is not None:
+        keep_first_layers(model, first_layers)
     limit = max_tokens or min(tokenizer.model_max_length, n_positions(model) or DEFAULT_MAX_TOKENS)
     check_fits(model, len(tokenizer), limit, "lower max_tokens")
     _set_special_tokens(model, tokenizer)

@@ -1,4 +1,4 @@
-"""The example of preference pairs, run with `--smoke` on made-up pairs, and resumed."""
+"""The example of preference pairs, run with `--smoke` on made-up pairs: of a new model, resumed, and a given one."""
 
 import json
 import random
@@ -8,7 +8,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
+from agents import bpe_tokenizer
 from tests.docs.test_examples import run
+from tests.helpers.command import small_model
 
 
 def write_pairs(folder, n=60):
@@ -50,3 +52,23 @@ def test_the_example_runs_and_skips_finished_stages(tmp_path):
 
     with pytest.raises(AssertionError, match="holds a run with other settings"):
         run(*command, "--seed", 1)
+
+
+@pytest.mark.long
+def test_the_example_trains_a_pretrained_model_for_one_reward_model_and_has_another_judge(tmp_path):
+    pytest.importorskip("peft")
+    out, data = tmp_path / "out", tmp_path / "pairs"
+    write_pairs(data)
+    texts = [json.loads(line)["chosen"] for line in (data / "pairs.jsonl").read_text().splitlines()]
+    model = small_model(tmp_path / "start", bpe_tokenizer(texts, vocab_size=300), n_positions=128)
+    printed = run("examples/hh.py", "--smoke", "--data", data, "--model", model, "--out", out)
+    rows = {name: json.loads((out / f"{name}.json").read_text())["reward model"] for name in ("pairs", "judge")}
+    assert {row["n_pairs"] for row in rows.values()} == {6}, "a tenth of the pairs"
+    folders = [AutoModelForSequenceClassification.from_pretrained(out / name) for name in ("reward", "judge")]
+    assert not torch.equal(*(folder.score.weight for folder in folders)), "they learned from other pairs"
+    result = json.loads((out / "results.json").read_text())
+    shown = {"length", "reward", "judge", "kl", "kl_token", "blank", "broken", "distinct_2", "perplexity"}
+    assert result["figures"].keys() == shown == result["before"].keys() | {"kl", "kl_token"}
+    samples, first = (out / "samples.txt").read_text(), result["texts"][0]["prompt"].split()[1]
+    assert first in samples and first not in printed, "texts are kept, and none is printed"
+    assert (out / "policy" / "model.safetensors").is_file() and not (out / "tuned").exists()

@@ -139,6 +139,19 @@ def test_labels_and_preferences_of_tasks(data):
     assert len(rankings[0].texts) == 4 and "非常满意" in rankings[0].texts[0]
 
 
+def test_two_reward_models_learn_from_the_two_halves_of_the_training_data(data, tmp_path):
+    whole, first, second = (
+        read_preferences(RewardModelConfig(task="HH", data=str(data["HH"]), half=half), CharTokenizer())
+        for half in (None, "first", "second")
+    )
+    assert first.train + second.train == whole.train and abs(len(first.train) - len(second.train)) <= 1
+    assert first.held_out == second.held_out == whole.held_out
+    assert not {pair.prompt for pair in first.train} & {pair.prompt for pair in second.train}
+    (tmp_path / "one.jsonl").write_text('{"chosen": "a", "rejected": "b"}\n')
+    with pytest.raises(CommandError, match="Expected at least two examples with half=first, got 1"):
+        pairs_of(tmp_path / "one.jsonl", half="first")
+
+
 @pytest.mark.parametrize(
     ("read", "config", "message"),
     [

@@ -199,6 +199,18 @@ def test_other_losses_learn_pairs_too(kwargs, tmp_path):
 
 
 @pytest.mark.slow
+def test_the_lower_layers_alone_learn_pairs_and_become_a_critic(tmp_path):
+    options = {"first_layers": 1, "learning_rate": 1e-2, "n_epochs": 3, "progress_bar": False}
+    start = small()
+    trained = train_reward_model(start, TOKENIZER, some_pairs(200), tmp_path, held_out=some_pairs(100, 1), **options)
+    assert trained.held_out.low > 0.5
+    assert AutoModelForSequenceClassification.from_pretrained(tmp_path).config.n_layer == 1
+    score = float(score_texts(start, TOKENIZER, ["good film"])[0])
+    critic = RewardModelCritic(str(tmp_path)).build(hidden_size=16)
+    hidden = critic.read(torch.tensor([[GOOD, FILM]]), torch.tensor([0]), torch.tensor([1]))
+    assert critic(hidden).item() == pytest.approx(score, abs=1e-4)
+
+
 def test_it_learns_rankings_of_any_length(tmp_path):
     rng = np.random.default_rng(3)
     by_merit = {value: texts for value, texts in some_texts(300).items() if len(texts) > 5}

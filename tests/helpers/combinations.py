@@ -75,8 +75,8 @@ def walk():
     return cells
 
 
-def readme_tables():
-    """Return the tables of the README: the axes, and the pairs that are refused."""
+def page_tables():
+    """Return the tables of docs/reference/combinations.md: the axes, and the pairs that are refused."""
     cells = [f"{axis} | {'; '.join(of_axis)}" for axis, of_axis in AXES.items()]
     lines = ["| of | any of | of | any of |", "|---|---|---|---|"]
     lines += [f"| {first} | {second} |" for first, second in zip(cells[::2], cells[1::2])]

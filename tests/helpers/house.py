@@ -232,17 +232,17 @@ def wrong_rooms(files: list[Source], layers: Layers) -> list[str]:
     ]
 
 
-def unlisted_rooms(files: list[Source], layers: Layers, readme: str) -> list[str]:
-    """Find the rooms whose line (name, first sentence) is missing in the README, or is not in the order of layers."""
+def unlisted_rooms(files: list[Source], layers: Layers, page: str) -> list[str]:
+    """Find the rooms whose line (name, first sentence) is missing on the page, or is not in the order of layers."""
     by_module = {file.module: file for file in files}
     problems, position = [], 0
     for room in (room for rooms in layers for room in rooms if room != "__init__"):
         file = by_module[f"{files[0].folder}.{room}"]
         name = f"{room}/" if file.path.endswith("__init__.py") else f"{room}.py"
         line = f"| `{name}` | {(ast.get_docstring(file.tree) or '').partition(chr(10))[0]} |"
-        start = readme.find(line, position)
+        start = page.find(line, position)
         if start < 0:
-            problems.append(f"{file.path}: not in the table of the README, or not in its place: {line}")
+            problems.append(f"{file.path}: not in the table of docs/design.md, or not in its place: {line}")
         position = max(position, start)
     return problems
 

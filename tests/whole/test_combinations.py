@@ -33,7 +33,7 @@ from agents import (
 )
 from agents.doctor import examine as doctor
 from agents.policies.rounding import tolerance
-from tests.helpers.combinations import AXES, readme_tables, refused_pairs, walk
+from tests.helpers.combinations import AXES, page_tables, refused_pairs, walk
 from tests.helpers.command import ROOT
 from tests.helpers.models import CheckRatio, tiny
 from tests.helpers.seq2seq import tiny_seq2seq
@@ -213,6 +213,6 @@ def test_a_reference_is_of_the_policys_kind(reward_model):
         train(model, [KLPenalty(0.1, reference=tiny())])
 
 
-def test_the_readme_has_the_same_table():
-    readme = ROOT / "README.md"
-    assert readme_tables() in readme.read_text(encoding="utf-8")
+def test_the_page_has_the_same_table():
+    page = ROOT / "docs/reference/combinations.md"
+    assert page_tables() in page.read_text(encoding="utf-8")

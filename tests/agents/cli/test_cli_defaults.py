@@ -22,7 +22,7 @@ from tests.agents.report.made_runs import data_of
 from tests.helpers.command import ROOT, rows, run, settings
 from tests.helpers.training import TOKENIZER, tiny_agent, tiny_config, tiny_env
 
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+EXIT_CODES = (ROOT / "docs/reference/exit_codes.md").read_text(encoding="utf-8")
 LONG = "this phone is great and " * 5  # 25 tokens of the 32 that the small model reads
 
 
@@ -212,9 +212,9 @@ def test_prompts_of_ones_own_train_with_the_default_model(here, capsys):
     assert run("train", *words, *more, *cut) == 0, capsys.readouterr().err
 
 
-def test_every_exit_code_is_in_help_and_readme(capsys):
+def test_every_exit_code_is_in_help_and_on_its_page(capsys):
     assert run() == 0
-    for text in (capsys.readouterr().out, README):
+    for text in (capsys.readouterr().out, EXIT_CODES):
         listed = text.partition("Exit codes:")[2]
         # A signal's exit code is 128 + its number: 2 is SIGINT, 15 is SIGTERM.
         for code in (*(member for member in Exit if member != Exit.SIGNAL), Exit.SIGNAL + 2, Exit.SIGNAL + 15):

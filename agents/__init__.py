@@ -33,6 +33,7 @@ if TYPE_CHECKING:  # the same names for type checkers and editors; test_public_n
     from .configuration.config import ShapingConfig as ShapingConfig
     from .configuration.config import TrainConfig as TrainConfig
     from .configuration.recipes import RECIPES as RECIPES
+    from .diagnosis.diagnose import diagnose as diagnose
     from .distributed.sharding import Sharded as Sharded
     from .distributed.world import is_main_process as is_main_process
     from .doctor.report import DoctorError as DoctorError
@@ -180,6 +181,7 @@ NAMES = {
     "char_tokenizer": ".small_models.tokenizers",
     "critic_agreement": ".evaluation.credit",
     "demo_model": ".small_models.demo_model",
+    "diagnose": ".diagnosis.diagnose",
     "evaluate": ".evaluation.evaluation",
     "export": ".checkpoints.hf_export",
     "fit_critic": ".supervised.critic_fit",

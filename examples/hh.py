@@ -70,8 +70,7 @@ from agents import (
     train_reward_model,
     wilson_interval,
 )
-from textenv.metrics import Broken, Distinct, Perplexity, mean_of
-from textenv.metrics.bootstrap import difference
+from textenv.metrics import Broken, Distinct, Perplexity, difference, mean_of
 from textenv.rewards import make_reward
 from textenv.tasks.hh import HH, Pair, hold_out, part_of, read_pairs
 

@@ -86,12 +86,13 @@ GROUPS: dict[type, dict[str, tuple[str, ...]]] = {
     StageConfig: {
         READ: ("help", "config", "print_config"),
         START: ("resume", "overwrite", "quiet"),
-        "choose the model to train from": ("model", "fresh", "fresh_tokenizer", "tokenizer"),
+        "choose the model to train from": ("model", "fresh", "fresh_tokenizer", "tokenizer", "first_layers"),
         "choose the data": (
             "data",
             "task",
             "task_args",
             "from_feedback",
+            "half",
             "held_out",
             "encoding",
             "text_column",

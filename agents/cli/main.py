@@ -377,7 +377,7 @@ VERBS = {
         _read_runs,
     ),
     "doctor": Verb(
-        "check model, tokenizer, reward and settings before training, or name what went wrong in a run",
+        "check model and settings before training, or a run after it",
         f"{CONFIG} | --model NAME | RUN [--json]",
         TrainConfig,
         DoctorOptions,

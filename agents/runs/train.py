@@ -284,8 +284,7 @@ def _run(
                 reset_num_timesteps=checkpoint is None,
             )
         if evaluate.is_over and agent.num_timesteps < config.total_tokens:
-            since = f"no better {evaluate.best} since {evaluate.best_at:,} tokens"
-            screen.say(f"stopped early: {since} (evaluation.patience {evaluate.patience})")
+            screen.say(_early(evaluate))
         agent.logger.close()
         for tracker in trackers:
             tracker.close()
@@ -295,6 +294,12 @@ def _run(
         if watch is not None and interrupts.number:  # in the last iteration; further trials must not start
             raise Interrupted(f"stopped after {agent.num_timesteps:,} tokens; {run.how_to_go_on()}", interrupts.number)
     return Exit.DONE
+
+
+def _early(evaluate: Evaluate) -> str:
+    """Return the line of a run that its evaluations have stopped."""
+    since = f"no better {evaluate.best} since {evaluate.best_at:,} tokens"
+    return f"stopped early: {since} (evaluation.patience {evaluate.patience})"
 
 
 def _announce(run: RunFolder, config: TrainConfig, screen: Screen) -> None:

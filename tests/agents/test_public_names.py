@@ -12,7 +12,7 @@ import pytest
 import agents
 from tests.helpers.command import ROOT
 from tests.helpers.documented import PAGES
-from tests.helpers.public import PUBLIC
+from tests.whole.public import PUBLIC
 
 FROM = re.compile(r"\bfrom +((?:agents|textenv)(?:\.\w+)*) +import +(?:\(([^)]*)\)|([\w, ]+))")
 PLAIN = re.compile(r"^[ >]*import +((?:agents|textenv)\.[\w.]+)", flags=re.MULTILINE)

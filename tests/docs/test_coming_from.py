@@ -6,9 +6,9 @@ import re
 import pytest
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
+from tests.docs.snippets import N_TOKENS, fill_hub, run_for_one_rollout, snippets
 from tests.helpers.command import ROOT
 from tests.helpers.models import seldom
-from tests.helpers.snippets import N_TOKENS, fill_hub, run_for_one_rollout, snippets
 
 EXAMPLES = ROOT / "examples"
 PAGES = ["from_trl.md", "from_rl4lms.md", "from_openrl.md", "from_textrl.md"]

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from agents import EpisodeMetrics, KLPenalty, make_agent
+from tests.docs.snippets import snippets
 from tests.helpers.command import ROOT
-from tests.helpers.snippets import snippets
 from tests.helpers.training import tiny_config
 from textenv import CharTokenizer, TextEnv
 from textenv.rewards import Length

@@ -9,8 +9,8 @@ import pytest
 import agents
 import textenv
 from agents.cli.main import VERBS, main
+from tests.docs.snippets import fill_hub, run_for_one_rollout, snippets
 from tests.helpers.command import ROOT
-from tests.helpers.snippets import fill_hub, run_for_one_rollout, snippets
 from textenv.rewards import Length
 from textenv.text.named_tokenizer import read_tokenizer
 

@@ -1,5 +1,6 @@
 """Metrics of generated texts: callables over aligned lists of prompts, texts and references."""
 
+from textenv.metrics.bootstrap import difference
 from textenv.metrics.model import IntentAccuracy, Perplexity
 from textenv.metrics.overlap import BLEU, METEOR, ROUGE, ChrF, SacreBLEU
 from textenv.metrics.scores import Metric, Scores, mean_of
@@ -18,5 +19,6 @@ __all__ = [
     "Perplexity",
     "SacreBLEU",
     "Scores",
+    "difference",
     "mean_of",
 ]

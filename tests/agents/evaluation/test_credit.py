@@ -21,7 +21,7 @@ from agents.evaluation.continuations import replay
 from agents.evaluation.credit import Credit, critic_agreement, monte_carlo_values
 from agents.evaluation.trained_rewards import TrainedRewards
 from agents.models.sequences import SequenceBatch
-from tests.helpers.credit import A, agent_of, episode_of, few_tokens, letters, preds_of
+from tests.agents.evaluation.credit_toys import A, agent_of, episode_of, few_tokens, letters, preds_of
 from tests.helpers.models import few, tiny
 from tests.helpers.seq2seq import tiny_seq2seq
 from tests.helpers.training import PROMPTS, TOKENIZER, run_state, tiny_env

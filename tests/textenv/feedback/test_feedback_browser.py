@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.browsing import PATIENCE, Browser, Server, need_browser
+from tests.helpers.browsing import PATIENCE, Browser, Server
 from textenv.feedback.store import FeedbackStore
 
 pytest.importorskip("starlette", reason='needs starlette: pip install "textenv[feedback]"')
@@ -16,14 +16,6 @@ pytestmark = pytest.mark.slow
 
 ENTER, BACKSPACE, LEFT, CONTROL = "\ue007", "\ue003", "\ue012", "\ue009"
 TOKEN = "a-token-of-enough-characters"
-
-
-@pytest.fixture(scope="module")
-def chromium():
-    need_browser()
-    browser = Browser()
-    yield browser
-    browser.close()
 
 
 @pytest.fixture

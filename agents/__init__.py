@@ -33,6 +33,8 @@ if TYPE_CHECKING:  # the same names for type checkers and editors; test_public_n
     from .configuration.config import ShapingConfig as ShapingConfig
     from .configuration.config import TrainConfig as TrainConfig
     from .configuration.recipes import RECIPES as RECIPES
+    from .diagnosis.diagnose import diagnose as diagnose
+    from .diagnosis.findings import Diagnosis as Diagnosis
     from .distributed.sharding import Sharded as Sharded
     from .distributed.world import is_main_process as is_main_process
     from .doctor.report import DoctorError as DoctorError
@@ -116,6 +118,7 @@ NAMES = {
     "ClipHigher": ".policies.surrogates",
     "CriticWarmup": ".steps.critic_warmup",
     "DataParallel": ".steps.data_parallel",
+    "Diagnosis": ".diagnosis.findings",
     "DoctorError": ".doctor.report",
     "DropEpisodes": ".steps.scores",
     "DualClip": ".policies.surrogates",
@@ -177,6 +180,7 @@ NAMES = {
     "calibration": ".supervised.accuracy",
     "char_tokenizer": ".small_models.tokenizers",
     "demo_model": ".small_models.demo_model",
+    "diagnose": ".diagnosis.diagnose",
     "evaluate": ".evaluation.evaluation",
     "export": ".checkpoints.hf_export",
     "fit_critic": ".supervised.critic_fit",

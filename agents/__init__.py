@@ -34,6 +34,7 @@ if TYPE_CHECKING:  # the same names for type checkers and editors; test_public_n
     from .configuration.config import TrainConfig as TrainConfig
     from .configuration.recipes import RECIPES as RECIPES
     from .diagnosis.diagnose import diagnose as diagnose
+    from .diagnosis.findings import Diagnosis as Diagnosis
     from .distributed.sharding import Sharded as Sharded
     from .distributed.world import is_main_process as is_main_process
     from .doctor.report import DoctorError as DoctorError
@@ -119,6 +120,7 @@ NAMES = {
     "ClipHigher": ".policies.surrogates",
     "CriticWarmup": ".steps.critic_warmup",
     "DataParallel": ".steps.data_parallel",
+    "Diagnosis": ".diagnosis.findings",
     "DoctorError": ".doctor.report",
     "DropEpisodes": ".steps.scores",
     "DualClip": ".policies.surrogates",

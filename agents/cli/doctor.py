@@ -57,7 +57,8 @@ def report(record: RunRecord, findings: Sequence[Diagnosis], width: int = WIDTHS
         findings: What was found in it.
         width: The most columns of a line.
     """
-    seen = f"{printable(str(record.path))}: {len(record.rows)} rollouts, {record.tokens:,} tokens"
+    n_rollouts = sum(row["tokens"] > 0 for row in record.rows)  # the first row is the evaluation before training
+    seen = f"{printable(str(record.path))}: {n_rollouts} rollouts, {record.tokens:,} tokens"
     if not findings:
         return f"{seen}. Nothing in its figures and texts speaks for a known fault."
     n = len(findings)

@@ -108,7 +108,7 @@ _TEXTS = {
     ),
     "one-text": Cause(
         "the reward is won by one text for all prompts",
-        "the reward rises, and the share of different texts in a rollout falls to a few",
+        "the reward rises, and different texts fall to an eighth of a rollout's or fewer",
         "A text that earns well everywhere is found, and nothing makes another one worth trying.",
         "Let the reward read the prompt, raise kl.coef or ent_coef, or reward distinct texts.",
         "Li et al., 2016 (distinct-n); Kirk et al., 2024 (Understanding the Effects of RLHF on Generalisation and "
@@ -142,13 +142,14 @@ _UPDATES = {
     "kl-runaway": Cause(
         "the policy runs away from the reference",
         "the divergence grows to several nats a token, and the reward does not pay for it",
-        "The penalty is too small for the scale of the reward, or steps are too large, and the texts are lost.",
-        "Raise kl.coef, set kl.target, or lower learning_rate.",
+        "The penalty is too small for the reward's scale, steps are too large, or an entropy bonus outweighs both: the "
+        "texts are lost.",
+        "Raise kl.coef, set kl.target, or lower learning_rate or ent_coef.",
         "Ziegler et al., 2019 (Fine-Tuning Language Models from Human Preferences); docs/invariants.md, C4",
     ),
     "kl-negative": Cause(
         "the divergence from the reference is negative",
-        "kl/token below 0 for several rollouts",
+        "kl/token below 0 for five rollouts in a row",
         "A mean over the policy's samples cannot be, noise apart. Are tokens drawn from another distribution than they "
         "are scored under, or has the reference another temperature?",
         "Run agents.doctor.check.",
@@ -170,7 +171,7 @@ _UPDATES = {
     ),
     "critic-useless": Cause(
         "the critic says nothing about returns",
-        "the explained variance is near 0 or below to the end, though returns differ",
+        "values never move, or explain nothing of the returns to the end while the reward does not rise",
         "Advantages are then the returns themselves, with all their noise, or worse.",
         "Raise vf_coef or critic_lr_scale, set value_norm: norm, fit it first (textenv critic), or do without: "
         "advantage: rloo.",
@@ -192,7 +193,7 @@ _UPDATES = {
     ),
     "rate-high": Cause(
         "the learning rate is too high",
-        "train/approx_kl or clip_fraction is large in the first updates, and the texts go to pieces",
+        "train/approx_kl or clip_fraction is large in the first updates or in the median one",
         "Steps of this size undo each other: the model forgets its language before the reward can teach it.",
         "Divide learning_rate by 10, or set algorithm.args.target_kl.",
         "Huang et al., 2022; Engstrom et al., 2020 (Implementation Matters in Deep RL)",

@@ -25,7 +25,7 @@ def diagnose(run: str | os.PathLike[str]) -> list[Diagnosis]:
         CommandError: If it is not the folder of a run.
 
     Example:
-        >>> from agents.diagnosis import diagnose
+        >>> from agents import diagnose
         >>> # for finding in diagnose("runs/mine"): print(finding.id, finding.evidence, finding.cure)
     """
     return findings_of(read_run(run))

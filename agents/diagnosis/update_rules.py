@@ -11,13 +11,14 @@ from .trends import MIN_ROWS, reward_trend, second_half, trend
 COLLAPSED = 0.1  # the share of the first entropy below which it has collapsed, as in TrainingWarnings
 NEGATIVE, IN_A_ROW = -5e-3, 5  # nats per token, and rollouts: a divergence nearer to 0, or for less long, is noise
 STALE, STALE_16_BITS = 0.01, 0.05  # nats per token between reference and policy before any update, beyond rounding
-RUNAWAY = 1.0  # nats per token of divergence that are far
+RUNAWAY, BONUS = 1.0, 0.1  # nats per token of divergence that are far, and an entropy bonus that leads there
 MISMATCH, MISMATCH_16_BITS = 1e-2, 0.5  # nats: log-ratios above rounding
 CLIPPED = 0.33  # the share of clipped tokens that is large
-EARLY_KL = 0.1  # nats per token of an update; 0.01 is usual
+EARLY_KL, SHATTERED = 0.1, 1.0  # nats per token of an early update, of which 0.01 is usual: too large, and hopeless
 LATER_EPOCHS = 10  # passes over a rollout that are many
 STILL = 1e-5  # nats per token of an update below which weights hardly move
 USELESS, UNMOVED = 0.03, 1e-4  # explained variances of a critic that says nothing, and of one that never learns
+CRITIC_ROWS = 30  # rollouts before which a critic is not expected to help
 EQUAL_REWARDS = 1e-9  # a deviation of rewards that is rounding
 DOMINATES = 10.0  # vf_coef times the value loss; the policy's loss is of normalised advantages, about 1
 VF_COEF = 0.1  # `make_agent`'s default
@@ -66,12 +67,12 @@ def mismatch(record: RunRecord) -> list[Diagnosis]:
 
 def stale_reference(record: RunRecord) -> list[Diagnosis]:
     """Name a reference that differs from the policy before the first update."""
-    first = record.rows[0].get("kl/token") if record.rows else None
+    kl = record.series("kl/token")
     limit = STALE if record.setting("model", "autocast") is None else STALE_16_BITS
-    if first is None or first <= limit:
+    if len(kl) == 0 or kl[0] <= limit:
         return []
     named = record.setting("kl", "reference", default="the start")
-    seen = f"before any update the divergence from {named} is {first:.3g} nats a token"
+    seen = f"before any update the divergence from {named} is {kl[0]:.3g} nats a token"
     return [Diagnosis.of("stale-reference", 0.91, seen)]
 
 
@@ -104,8 +105,9 @@ def steps(record: RunRecord) -> list[Diagnosis]:
     if n_epochs >= LATER_EPOCHS:
         return [Diagnosis.of("many-epochs", 0.78, f"{seen}, with {n_epochs} epochs")]
     rate, reward = record.setting("algorithm", "learning_rate", default="the default"), reward_trend(record)
-    # Steps from which the reward rises are hardly the trouble.
-    return [Diagnosis.of("rate-high", 0.6 if reward.rose else 0.77, f"{seen}, at a learning rate of {rate}; {reward}")]
+    # Steps from which the reward rises are hardly the trouble, unless the first ones leave nothing of the texts.
+    weight = 0.95 if np.median(kl[early]) > SHATTERED else 0.6 if reward.rose else 0.77
+    return [Diagnosis.of("rate-high", weight, f"{seen}, at a learning rate of {rate}; {reward}")]
 
 
 def rate_low(record: RunRecord) -> list[Diagnosis]:
@@ -134,9 +136,12 @@ def runaway(record: RunRecord) -> list[Diagnosis]:
     kl, reward = trend(record.series("kl/token")), reward_trend(record)
     if not kl.last > RUNAWAY or reward.rose:
         return []
-    return [
-        Diagnosis.of("kl-runaway", 0.73, f"it grew from {kl.first:.3g} to {kl.last:.3g} nats a token, and {reward}")
-    ]
+    seen = f"it grew from {kl.first:.3g} to {kl.last:.3g} nats a token, and {reward}"
+    entropy, bonus = trend(-record.series("train/entropy_loss")), record.setting("algorithm", "args", "ent_coef")
+    if bonus is not None and bonus >= BONUS and entropy.change > 0:
+        grown = f"the entropy from {entropy.first:.3g} to {entropy.last:.3g}, with an ent_coef of {bonus}"
+        return [Diagnosis.of("kl-runaway", 0.79, f"{seen}; {grown}")]
+    return [Diagnosis.of("kl-runaway", 0.73, seen)]
 
 
 def _has_critic(record: RunRecord) -> bool:
@@ -167,8 +172,7 @@ def useless(record: RunRecord) -> list[Diagnosis]:
     if np.abs(explained).max() < UNMOVED:
         seen = f"the explained variance is 0 in all of {len(explained)} updates: values do not move"
         return [Diagnosis.of("critic-useless", 0.65, f"{seen}; {reward}")]
-    # A short run may learn from the rewards alone before the critic helps.
-    if last >= USELESS or reward.rose:
+    if len(explained) < CRITIC_ROWS or last >= USELESS or reward.rose:
         return []
     seen = f"the explained variance is {last:.2g} in the median update of the second half"
     return [Diagnosis.of("critic-useless", 0.5, f"{seen}; {reward}")]

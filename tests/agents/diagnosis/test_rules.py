@@ -29,11 +29,17 @@ HEALTHY = {
 }
 
 
-def record(config=None, history=(), samples=(), error="", **figures):
+def record(config=None, history=(), samples=(), error="", n=N, **figures):
     """Return a healthy record with other figures: a number for all rows or one for each, by keys with "__" for "/"."""
     values = {**HEALTHY, **{name.replace("__", "/"): value for name, value in figures.items()}}
-    columns = {name: value if isinstance(value, list) else [value] * N for name, value in values.items()}
-    rows = [{"tokens": 320 * (i + 1), **{name: column[i] for name, column in columns.items()}} for i in range(N)]
+    columns = {name: value if isinstance(value, list) else [value] * n for name, value in values.items()}
+    rows = [
+        {
+            "tokens": 320 * (i + 1),
+            **{name: column[i % len(column)] for name, column in columns.items()},
+        }
+        for i in range(n)
+    ]
     return RunRecord(Path("run"), config or {}, rows, dict(history), list(samples), error)
 
 
@@ -82,11 +88,6 @@ NOISE = [0.5, 0.4, 0.55, 0.45, 0.5, 0.5, 0.45, 0.55, 0.4, 0.5]
         ("stale-reference", {"kl__token": 0.02}, {"kl__token": 0.009}),
         ("rollout-update-mismatch", {"rollout__log_ratio": 0.1}, {"rollout__log_ratio": 1e-4}),
         ("critic-useless", {"train__explained_variance": 0.0}, {"train__explained_variance": -0.1}),
-        (
-            "critic-useless",
-            {"train__explained_variance": -0.1, "reward__task": NOISE},
-            {"train__explained_variance": 0.2, "reward__task": NOISE},
-        ),
         ("critic-dominates", {"train__value_loss": 200.0}, {"train__value_loss": 50.0}),
         ("rate-high", {"train__clip_fraction": 0.4}, {"train__clip_fraction": 0.3}),
         (
@@ -114,6 +115,23 @@ def test_many_epochs_are_told_from_a_high_rate_by_the_configuration():
     assert ids({"algorithm": {"n_epochs": 20}}, train__clip_fraction=0.5) == ["many-epochs"]
 
 
+def test_a_rate_that_shatters_texts_comes_before_what_they_look_like_afterwards():
+    shattered = {"train__clip_fraction": 0.8, "train__approx_kl": 3.0, "text__repetition": RISING}
+    assert ids(**shattered) == ["rate-high", "repetition"]
+    assert ids(**{**shattered, "train__approx_kl": 0.2}) == ["repetition", "rate-high"]
+
+
+def test_an_entropy_bonus_is_told_from_a_high_rate():
+    noise = {
+        "train__clip_fraction": 0.4,
+        "train__entropy_loss": [-1.0 - 0.2 * i for i in range(N)],
+        "reward__task": NOISE,
+    }
+    noise["kl__token"] = [0.5 * i for i in range(N)]
+    assert ids({"algorithm": {"args": {"ent_coef": 1.0}}}, **noise)[0] == "kl-runaway"
+    assert ids(**noise)[0] == "rate-high"
+
+
 def test_a_judge_that_falls_while_the_reward_rises_is_named():
     history = {at: {"reward": at / 1000, "judge": 0.8 - at / 2000} for at in (0, 500, 1000)}
     (finding,) = findings_of(record(history=history))
@@ -127,6 +145,13 @@ def test_a_large_value_loss_of_a_critic_apart_or_of_none_does_not_matter():
     assert ids({"model": {"critic": "separate"}}, train__value_loss=200.0) == []
     assert ids(GRPO, train__value_loss=200.0, train__explained_variance=0.0) == []
     assert ids({"algorithm": {"args": {"vf_coef": 0.01}}}, train__value_loss=200.0) == []
+
+
+def test_a_critic_that_explains_nothing_is_named_once_it_had_time_to_learn():
+    long = {"n": 40, "train__explained_variance": [-0.1] * 40}
+    assert ids(**long, reward__task=NOISE * 4) == ["critic-useless"]
+    assert ids(**long, reward__task=[0.1 * i for i in range(40)]) == []  # the reward rises without it
+    assert ids(n=40, train__explained_variance=[0.2] * 40, reward__task=NOISE * 4) == []
 
 
 def test_texts_that_cannot_end_by_themselves_are_not_asked_to():

@@ -5,7 +5,6 @@ from agents.evaluation.tables import markdown
 from tests.helpers.house import ROOT
 
 PAGE = ROOT / "docs" / "doctor.md"
-COMMAND = "python -m tests.agents.diagnosis.bank FOLDER --write"
 MARKS = "<!-- {} -->\n", "\n<!-- end -->"
 
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from ..diagnosis.diagnose import diagnose
 from ..errors import CommandError
 from ..files import write_text
 from ..runs.groups import grouped
@@ -72,9 +74,11 @@ def report_data(paths: Sequence[str | os.PathLike[str]]) -> dict[str, Any]:
     Raises:
         CommandError: If a folder is no run, or a file in it is damaged.
     """
-    groups = {name: [read_run(run.path) for run in runs] for name, runs in grouped(paths).items()}
+    folders = grouped(paths)
+    groups = {name: [read_run(run.path) for run in runs] for name, runs in folders.items()}
     runs = [run for members in groups.values() for run in members]
-    plain = [plain_run(run, len(runs)) for run in runs]
+    findings = [[asdict(found) for found in diagnose(run.path)] for own in folders.values() for run in own]
+    plain = [plain_run(run, len(runs), found) for run, found in zip(runs, findings, strict=True)]
     if len(runs) == 1:
         return {"runs": plain}
     numbers = iter(range(len(runs)))
@@ -92,18 +96,20 @@ def report_data(paths: Sequence[str | os.PathLike[str]]) -> dict[str, Any]:
     }
 
 
-def plain_run(run: RunData, n_runs: int = 1) -> dict[str, Any]:
+def plain_run(run: RunData, n_runs: int, findings: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Return what the page shows of a run, ready for JSON.
 
     Args:
         run: The run.
         n_runs: The number of runs on the page, which share its room.
+        findings: What the doctor found in it, the likeliest first.
     """
     changed = changes(run.scores)
     told = sentences(run, changed)
     return {
         "name": run.name,
         "summary": {"en": [sentence.en for sentence in told], "zh": [sentence.zh for sentence in told]},
+        "findings": findings,
         "changes": change_rows(changed),
         **columns(run.rows, max(FEWEST_POINTS, min(MAX_POINTS, 2 * MAX_POINTS // n_runs)))._asdict(),
         "evaluations": evaluation_curves(run, changed),

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from agents import SeedComparison, SeedTable
+from agents.diagnosis import diagnose
 from agents.evaluation.prompt_scores import scores_in
 from agents.report.figures import columns, total_seconds
 from agents.report.page import SCRIPTS, inert_json, page
@@ -84,6 +85,15 @@ def test_a_run_that_broke_off_tells_how_far_it_came(folder):
 def test_an_early_stop_is_told(tmp_path):
     data = read_run(made_run(tmp_path / "run", config={"total_tokens": 10_000}))
     assert sentences(data, {})[4].en.startswith("It stopped early, at 384 / 10,000 tokens; the best model")
+
+
+def test_the_page_has_what_the_doctor_finds(folder):
+    assert report_data([folder])["runs"][0]["findings"] == []
+    (folder / "log.txt").write_text("Traceback (most recent call last):\nValueError: broken\n")
+    (folder / "results.json").unlink()
+    found = report_data([folder])["runs"][0]["findings"]
+    assert [one["id"] for one in found] == [one.id for one in diagnose(folder)] and found[0]["id"] == "crashed"
+    assert all(one[name] for one in found for name in ("cause", "evidence", "cure"))
 
 
 # Figures

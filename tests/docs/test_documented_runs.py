@@ -84,7 +84,8 @@ def start(here, monkeypatch, capsys):
         code = run(verb, *rest, *BUDGETS.get(verb, ()))
         captured = capsys.readouterr()
         codes.append(f"exit {code}  ran: {typed}")
-        assert code == 0, f"{typed}: {captured.err or captured.out}"
+        # The doctor's 1 says that it has found something in so short a run.
+        assert code == 0 or (verb == "doctor" and code == 1), f"{typed}: {captured.err or captured.out}"
         if verb == "rate" and Path("ratings.db").exists():
             with FeedbackStore("ratings.db") as store:
                 Rater(store).answer_all()

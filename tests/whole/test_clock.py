@@ -96,6 +96,7 @@ def test_no_clock_but_these_is_read():
     allowed = {
         "http_judge.py": "Retry-After is a date",
         "folder.py": "stamps and names",
+        "page.py": "the stamp of a report",
         "trackers.py": "stamps of MLflow's figures",
         "store.py": "stamps, and the order in which items were handed out",
     }

@@ -49,14 +49,15 @@ def test_every_number_has_its_range_and_is_refused_outside(config, key):
     limits = limits_of(key)
     low = str(as_a_value(config, key, -1))
     if limits.low >= 0:
-        assert re.fullmatch(rf"Expected {key} to be (above )?[01]\b.*, got -1(\.0)?\.", low)
+        assert re.fullmatch(rf"Expected {key} to be (above )?[012]\b.*, got -1(\.0)?\.", low)
     else:
         assert float(low) == -1
     for value in (".nan", ".inf", "-.inf", "many"):
         assert str(as_a_value(config, key, value)).startswith(f"Expected {key} to be ")
     if limits.above or limits.low == 1:
         assert re.fullmatch(rf"Expected {key} to be .*, got 0(\.0)?\.", str(as_a_value(config, key, 0)))
-    assert str(as_a_value(config, key, 1)) in ("1", "1.0")
+    least = 2 if limits.low == 2 else 1
+    assert str(as_a_value(config, key, least)) in (f"{least}", f"{least}.0")
 
 
 def test_no_range_is_of_a_key_that_is_none():

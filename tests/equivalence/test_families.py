@@ -19,11 +19,14 @@ from tests.helpers.families import (
     families,
 )
 
+# CI has time for a third of them; the others run weekly.
+WALK = [
+    pytest.param(family, marks=pytest.mark.long if i % 3 else pytest.mark.slow) for i, family in enumerate(families())
+]
 SHARP = 1e-3  # nats by which a token moves the distribution two tokens later: less would prove nothing
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("family", families(), ids=str)
+@pytest.mark.parametrize("family", WALK, ids=str)
 def test_a_family_is_trained_exactly_or_refused(family):
     row = examine_apart(family)
     if str(family) in UNBUILT:

@@ -95,6 +95,7 @@ def test_export_of_a_run_that_goes_on_after_its_end(done, tmp_path, capsys):
     assert "Not evaluated yet." in (tmp_path / "model" / "README.md").read_text()
 
 
+@pytest.mark.slow
 def test_export_writes_the_adapter_alone_too(done, model, tmp_path, capsys):
     assert run("export", done, tmp_path / "model", "--adapter") == 0
     assert f"{tmp_path / 'model' / 'adapter'}: the adapter alone, for {model}" in capsys.readouterr().out
@@ -229,6 +230,7 @@ def test_doctor_reports(model, capsys):
     assert code in (0, 1) and "vocabulary" in said and ("failed" in said) == (code == 1)
 
 
+@pytest.mark.slow
 def test_doctor_says_the_row_of_one_model_by_its_config_alone(tmp_path, capsys):
     GPT2Config(n_layer=24, n_embd=4096).save_pretrained(tmp_path)  # 5 GB of weights that are not there
     for name in (tmp_path, tmp_path / "config.json"):

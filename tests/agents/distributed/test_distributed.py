@@ -33,7 +33,7 @@ def alone(n_minibatches):
 
 @pytest.mark.parametrize(
     ("size", "n_minibatches"),
-    [pytest.param(2, 1, marks=pytest.mark.long), pytest.param(2, 2, marks=pytest.mark.slow), (4, 2)],
+    [pytest.param(2, 1, marks=pytest.mark.long), (2, 2), pytest.param(4, 2, marks=pytest.mark.slow)],
 )
 def test_the_update_is_that_of_one_process_on_the_union_of_the_data(size, n_minibatches):
     weights, figures = alone(n_minibatches)

@@ -68,7 +68,9 @@ def total(pieces, dtype):
     return {name: gradient.double() for name, gradient in sums.items()}
 
 
-@pytest.mark.parametrize("surrounding", [nullcontext, lambda: torch.autocast("cpu", torch.bfloat16)])
+@pytest.mark.parametrize(
+    "surrounding", [pytest.param(nullcontext, marks=pytest.mark.slow), lambda: torch.autocast("cpu", torch.bfloat16)]
+)
 def test_parts_of_the_head_are_summed_in_float32_under_autocast(surrounding, monkeypatch):
     """Also where a caller's autocast surrounds the update; each transition is a part here."""
     policy = make_policy(tiny(tie_word_embeddings=False), autocast="bfloat16")

@@ -57,7 +57,7 @@ def test_of_a_pretrained_model_ppo_trains_adapters_alone(tmp_path):
         run("examples/dailydialog.py", "--data", data, "--smoke", "--out", out)
 
 
-@pytest.mark.slow
+@pytest.mark.long  # CI runs the film reviews on that model
 def test_the_example_runs_on_a_pretrained_model(tmp_path):
     """SmolLM2 from start to end in a small size; it shows that everything fits, and no gain."""
     pytest.importorskip("peft")

@@ -74,6 +74,7 @@ CALLS = {  # the words after each verb, a pattern that it prints, and a file tha
     "show": ("run --prompt 1", r"reward", None),
     "export": ("run exported", r"exported", "exported/model.safetensors"),
     "compare": ("run run --out both.png", r"run", "both.png"),
+    "report": ("run --out page.html", r"page\.html", "page.html"),
     "doctor": ("run/config.yml", r"vocabulary", None),
     "tasks": ("", r"perplexity", None),
 }

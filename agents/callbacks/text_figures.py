@@ -8,7 +8,6 @@ from itertools import pairwise
 from typing import Any, cast
 
 import numpy as np
-from transformers import PreTrainedTokenizerBase
 
 from textenv.env import TextEnv
 from textenv.prompts.prompts import Prompt
@@ -26,10 +25,7 @@ class TextFigures:
     """
 
     def __init__(self, env: TextEnv) -> None:
-        self.env = env
-        tokenizer = env.tokenizer
-        has_template = isinstance(tokenizer, PreTrainedTokenizerBase) and tokenizer.chat_template is not None
-        self.marker = template_marker(cast("PreTrainedTokenizerBase", tokenizer)) if has_template else None
+        self.tokenizer, self.marker = env.tokenizer, template_marker(env.tokenizer)
         self._plain: dict[str, bool] = {}  # by prompt, whether it lacks the marker of the template
 
     def of(self, infos: Sequence[Info]) -> dict[str, float]:
@@ -54,7 +50,7 @@ class TextFigures:
     def _is_plain(self, prompt: Prompt) -> bool:
         assert self.marker is not None
         if prompt not in self._plain:
-            self._plain[prompt] = lacks_template(self.env.tokenizer, prompt, self.marker)
+            self._plain[prompt] = lacks_template(self.tokenizer, prompt, self.marker)
         return self._plain[prompt]
 
 

@@ -13,6 +13,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 from textenv.episodes.rules import EndReason
 
 from ..diagnosis.catalogue import CATALOGUE
+from ..diagnosis.reward_rules import SLOW, SLOW_SECONDS
 from ..policies.lm_policy import LMPolicy
 from ..policies.rounding import tolerance
 from ..rollout.buffer import SequenceRolloutBuffer
@@ -23,8 +24,6 @@ from .scored_episodes import ScoredEpisodes
 MIN_EPISODES = 32  # the fewest episodes for a warning about all of them; fewer wait for the next rollout's
 N_SEQUENCES = 4  # sequences of a rollout that are read again before the update: enough for a systematic difference
 NEGATIVE_KL = -1e-3  # nats per token; a divergence nearer to 0 is noise
-MOST_REWARD = 0.5  # the share of a run's time above which the reward is slow
-MIN_SECONDS = 1.0  # seconds in the reward below which its share does not matter
 
 
 class Ended(NamedTuple):
@@ -138,7 +137,7 @@ class TrainingWarnings(BaseCallback):
 
     def _look_at_time(self) -> None:
         seconds, share = self._rewards.seconds, self._rewards.share
-        if share > MOST_REWARD and seconds > MIN_SECONDS:
+        if share > SLOW and seconds > SLOW_SECONDS:
             self._warn("reward-slow", f"the reward takes {share:.0%} of the time, {seconds:.0f} s so far")
 
     def _look_at_divergence(self) -> None:

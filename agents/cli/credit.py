@@ -13,12 +13,11 @@ from ..evaluation.generation import run_episodes
 from ..evaluation.tables import markdown
 from ..files import write_text
 from ..policies.lm_policy import LMPolicy
+from ..report.run_data import CREDIT_FILE
 from ..runs.assemble import Parts, training_callbacks, trust_of
 from ..steps.step import RolloutStep
 from .options import ShowOptions
 from .trained_model import load_newest
-
-CREDIT_FILE = "credit.json"
 
 
 def write_credit(config: TrainConfig, chosen: ShowOptions, options: TrustOptions) -> int:

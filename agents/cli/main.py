@@ -233,10 +233,11 @@ def _read_runs(name: str, words: list[str]) -> tuple[Any, ...]:
     # jsonargparse reads a list from a single word: RUN RUN becomes '["RUN", "RUN"]'.
     n_runs = next((i for i, word in enumerate(words) if word.startswith("-")), len(words))
     runs = [str(list(words[:n_runs])).replace("'", '"')] if n_runs else []
-    parser = make_parser(name, *VERBS[name][1:4])
+    verb = VERBS[name]
+    parser = make_parser(name, verb.usage, verb.config, verb.options)
     next(action for action in parser._actions if action.dest == "runs").metavar = "RUN"
     parsed = parse(parser, [*runs, *words[n_runs:]])
-    return parsed.runs, parsed.out, *([parsed.watch] if VERBS[name].options else [])
+    return parsed.runs, parsed.out, *([parsed.watch] if verb.options else [])
 
 
 def _read_nothing(name: str, words: list[str]) -> tuple[Any, ...]:

@@ -24,7 +24,7 @@ PPO_NAMES = ("ppo", "maskable_ppo")
 
 
 def default_settings(given: TrainConfig) -> dict[str, Any]:
-    """Return the defaults, by dotted key, that differ from those of `TrainConfig`: the demo model's, the recipe's, ...
+    """Return the defaults, by dotted key, that differ from those of `TrainConfig`, by model, recipe and judge.
 
     Where both have a key, the recipe's counts. Arguments of the environment are given to those that the configuration
     has, and replace none of them. Where there is a judge, it says which model is the best, as in `Evaluate`.

@@ -12,12 +12,13 @@ from textenv.prompts.prompts import read_rows
 
 from .findings import Diagnosis
 from .run_files import RunRecord
-from .trends import MIN_ROWS
+from .trends import EQUAL_REWARDS, MIN_ROWS
 
 EQUAL = 0.8  # the share of rollouts with equal rewards above which the reward is constant
 LEAST_SIGNAL = 0.15  # the share of groups with a signal below which there is hardly any
 FAILING = 0.05  # the share of texts without a reward: above it `on_failure: drop` stops a run
-SLOW, SLOW_SECONDS = 0.5, 1.0  # as TrainingWarnings has them
+SLOW = 0.5  # the share of a run's time above which the reward is slow
+SLOW_SECONDS = 1.0  # seconds in the reward below which its share does not matter
 ALL = 0.98  # a share that counts as all
 N_ROWS = 200  # rows of a prompt file that are read
 
@@ -33,8 +34,7 @@ def flat(record: RunRecord) -> list[Diagnosis]:
     missing = missing_column(record)
     if missing:
         return [Diagnosis.of("wrong-column", 0.97, missing)]
-    # Rounding leaves a deviation of 1e-17 between equal rewards.
-    equal = spreads <= 1e-9
+    equal = spreads <= EQUAL_REWARDS
     begins_equal = len(equal) > 0 and equal[: max(2, len(equal) // 4)].mean() >= EQUAL
     if not (begins_equal and equal.mean() >= EQUAL):
         return []
@@ -124,7 +124,7 @@ def _written_more(record: RunRecord, rows: list[dict[str, Any]], column: str, ot
     known = [(texts[str(row.get(prompt_column))], row) for row in rows if str(row.get(prompt_column)) in texts]
 
     def hits(name: str) -> int:
-        return sum(str(row.get(name, "")).strip() not in ("", None) and str(row[name]) in text for text, row in known)
+        return sum(bool(str(row.get(name, "")).strip()) and str(row[name]) in text for text, row in known)
 
     best = max(others, key=hits)
     return best if hits(column) == 0 and hits(best) > 0 else ""
@@ -133,7 +133,7 @@ def _written_more(record: RunRecord, rows: list[dict[str, Any]], column: str, ot
 def no_group_signal(record: RunRecord) -> list[Diagnosis]:
     """Name groups whose samples earn the same from the start on, while rewards differ between prompts."""
     signal, spreads = record.series("groups/signal"), record.series("episode/reward_std")
-    if len(signal) < MIN_ROWS or (len(spreads) and spreads.max() <= 1e-9):
+    if len(signal) < MIN_ROWS or (len(spreads) and spreads.max() <= EQUAL_REWARDS):
         return []
     begin = signal[: max(2, len(signal) // 2)]
     if np.median(begin) >= LEAST_SIGNAL or np.median(signal) >= LEAST_SIGNAL:

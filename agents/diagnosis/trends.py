@@ -10,6 +10,7 @@ from .run_files import RunRecord
 
 FIRST, LAST = 0.1, 0.25  # the shares of a run's rows that count as its beginning and its end
 MIN_ROWS = 4  # rows of metrics.jsonl below which a run has no trend
+EQUAL_REWARDS = 1e-9  # a deviation of rewards that is rounding, which leaves 1e-17 between equal ones
 # The rise that counts, in standard deviations of the rewards of the first rollouts' texts, and in standard errors.
 RISE, SIGMAS = 0.25, 3.0
 

@@ -6,7 +6,7 @@ import numpy as np
 
 from .findings import Diagnosis
 from .run_files import RunRecord
-from .trends import MIN_ROWS, reward_trend, second_half, trend
+from .trends import EQUAL_REWARDS, MIN_ROWS, reward_trend, second_half, trend
 
 COLLAPSED = 0.1  # the share of the first entropy below which it has collapsed, as in TrainingWarnings
 NEGATIVE, IN_A_ROW = -5e-3, 5  # nats per token, and rollouts: a divergence nearer to 0, or for less long, is noise
@@ -19,7 +19,6 @@ LATER_EPOCHS = 10  # passes over a rollout that are many
 STILL = 1e-5  # nats per token of an update below which weights hardly move
 USELESS, UNMOVED = 0.03, 1e-4  # explained variances of a critic that says nothing, and of one that never learns
 CRITIC_ROWS = 30  # rollouts before which a critic is not expected to help
-EQUAL_REWARDS = 1e-9  # a deviation of rewards that is rounding
 DOMINATES = 10.0  # vf_coef times the value loss; the policy's loss is of normalised advantages, about 1
 VF_COEF = 0.1  # `make_agent`'s default
 
@@ -115,7 +114,7 @@ def rate_low(record: RunRecord) -> list[Diagnosis]:
     clipped, kl, reward = record.series("train/clip_fraction"), record.series("train/approx_kl"), reward_trend(record)
     if len(kl) < MIN_ROWS or np.median(np.abs(kl)) > STILL or clipped.max() > 0:
         return []
-    if reward.rose or reward.spread <= 1e-9:
+    if reward.rose or reward.spread <= EQUAL_REWARDS:
         return []
     rate = record.setting("algorithm", "learning_rate", default="the default")
     seen = f"approx_kl of the median update is {np.median(kl):.2g} nats at a learning rate of {rate}, without a clip"

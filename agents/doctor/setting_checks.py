@@ -131,8 +131,10 @@ def check_generation_config(subject: Subject) -> list[Finding]:
     return [Finding("generation config", "warning", measured, cause, cure)]
 
 
-def template_marker(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Return the text that a tokenizer's chat template writes behind a message, or else in front of it."""
+def template_marker(tokenizer: Tokenizer) -> str | None:
+    """Return the text that a tokenizer's chat template writes behind a message, or else before it; None without one."""
+    if not isinstance(tokenizer, PreTrainedTokenizerBase) or tokenizer.chat_template is None:
+        return None
     before, _, after = apply_template(tokenizer, [{"role": "user", "content": "CONTENT"}], "a message").partition(
         "CONTENT"
     )
@@ -148,9 +150,9 @@ def lacks_template(tokenizer: Tokenizer, prompt: Prompt, marker: str) -> bool:
 def check_chat_template(subject: Subject) -> list[Finding]:
     """Check that prompts are chats if the tokenizer has a chat template."""
     env = subject.env
-    if not isinstance(env.tokenizer, PreTrainedTokenizerBase) or env.tokenizer.chat_template is None:
-        return [Finding("chat template", "ok", "the tokenizer has none")]
     marker = template_marker(env.tokenizer)
+    if marker is None:
+        return [Finding("chat template", "ok", "the tokenizer has none")]
     prompts = env.prompts[:MAX_PROMPTS]
     plain = sum(lacks_template(env.tokenizer, prompt, marker) for prompt in prompts)
     measured = f"{plain} of {len(prompts)} prompts are plain text, without {marker!r}"

@@ -14,6 +14,7 @@ from textenv.episodes.rules import EndReason
 
 from ..models.sequences import SequenceBatch
 from ..policies.lm_policy import LMPolicy
+from ..rollout.before_returns import missing_steps
 from ..rollout.buffer import SequenceRolloutBuffer
 from ..steps.critic_warmup import CriticWarmup
 from ..steps.kl_penalty import KLPenalty
@@ -111,9 +112,7 @@ def _check_steps(buffer: SequenceRolloutBuffer) -> None:
         raise ValueError(
             f"Expected a model with a critic, advantage='gae', got {buffer.advantage!r}, which needs no values."
         )
-    attached = {step.key for step in buffer.before_returns}
-    missing = [key for key in buffer.expected_steps if key not in attached]
-    if missing:
+    if missing := missing_steps(buffer.expected_steps, buffer.before_returns):
         raise ValueError(
             f"Expected the steps {missing} that the model was trained with, got a model without: attach them, as in "
             "KLPenalty(0.02).attach(model)."

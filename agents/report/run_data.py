@@ -18,6 +18,7 @@ from ..evaluation.evaluation_files import BEST, HISTORY
 from ..evaluation.prompt_scores import PromptScores, scores_in
 from ..runs.folder import SAMPLE, TOKENS, RunFolder, read_rows
 
+CREDIT_FILE = "credit.json"
 CREDIT = [
     {"prompt": str, "tokens": [str], **{name: [(float, None)] for name in ("critic", "monte_carlo", "low", "high")}}
 ]
@@ -82,7 +83,7 @@ def read_run(path: str | os.PathLike[str]) -> RunData:
             history=_json(run.path / "history.json", HISTORY, []),
             scores=scores_in(run.path),
             best=_json(run.best / "best.json", BEST, None),
-            credit=_json(run.path / "credit.json", CREDIT, []),
+            credit=_json(run.path / CREDIT_FILE, CREDIT, []),
         )
     except ValueError as error:
         raise CommandError(str(error)) from error

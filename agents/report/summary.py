@@ -1,4 +1,4 @@
-"""What happened in a run, in five sentences, in English and Chinese; and the table of its figures before and after."""
+"""The summary of a run: five sentences in English and Chinese, and the table of its figures before and after."""
 
 from __future__ import annotations
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 
@@ -24,3 +25,14 @@ class BeforeReturns(Protocol):
 
     def __call__(self, buffer: Any) -> None:
         """Change `rewards` or `penalties` of a `SequenceRolloutBuffer`, (T, B), in place."""
+
+
+def missing_steps(expected: Sequence[str], attached: Sequence[BeforeReturns]) -> list[str]:
+    """Return the keys of the steps that a model was trained with and that are not attached to it.
+
+    Args:
+        expected: The keys of the steps that it was trained with.
+        attached: Its steps.
+    """
+    keys = {step.key for step in attached}
+    return [key for key in expected if key not in keys]

@@ -22,7 +22,7 @@ from ..policies.tensor_notes import ALLOWED, READ_BY
 from ..policies.value_norm import Scale, scales_of
 from .advantages import GROUPED, NORMALISED, Advantage, AdvantageFunction, check_advantage, mean_and_deviation
 from .aggregation import Aggregation, check_aggregation, token_factors
-from .before_returns import BeforeReturns
+from .before_returns import BeforeReturns, missing_steps
 from .ended_episodes import EndedEpisode, RolloutGroups
 from .estimation import Estimation
 from .idle_update import idle_samples
@@ -248,9 +248,7 @@ class SequenceRolloutBuffer(RolloutBuffer):
         self.segments = self._recorder.finish(self.buffer_size, self.dones)
         if self._lm is not None:
             self._value_sequences(self._lm)
-        attached = {step.key for step in self.before_returns}
-        missing = [key for key in self.expected_steps if key not in attached]
-        if missing:
+        if missing := missing_steps(self.expected_steps, self.before_returns):
             raise RuntimeError(
                 f"Expected the steps {missing} before returns: the model was trained with them. Pass them as callbacks "
                 "to learn() again, or continue without them after model.rollout_buffer.expected_steps.clear()."

@@ -28,10 +28,8 @@ FORMAT = 1  # the version of a run's folder
 SEED = "seed_"  # with the seed behind it, the folder of one of several seeds
 # The files that a run leaves behind if it ends before its first checkpoint.
 EVALUATIONS = ("history.json", "scores.json")  # as `Evaluate` writes them
-LEFT = (
-    *("run.json", "vocabulary.json", "metrics.jsonl", "samples.jsonl", *EVALUATIONS, "best", "tensorboard"),
-    *("tokens.jsonl", "report.html"),
-)
+LOGGED = ("metrics.jsonl", "samples.jsonl", "tokens.jsonl", "tensorboard", "report.html")
+LEFT = ("run.json", "vocabulary.json", *LOGGED, *EVALUATIONS, "best")
 # The shapes of a row of metrics.jsonl, of tokens.jsonl and of samples.jsonl, of run.json and of results.json.
 AGGREGATION = "train/aggregation"  # the one value of a row that is a name
 ROW = {"tokens": int, AGGREGATION: (str, NOTHING), str: (float, None)}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -24,6 +24,15 @@ from .folder import RunFolder
 
 N_EPISODES = 4
 MOST_TABLES = 32  # in a whole run, and one more after its end: the file is bounded, however long the run is
+
+
+class Waiting(NamedTuple):
+    """What a rollout knows of some episodes, N transitions in all, until the update is done."""
+
+    episodes: Episodes
+    likeliest: Likeliest
+    advantages: np.ndarray  # (N,) as the loss has them
+    kl: np.ndarray | None  # (N,) in nats; None without a reference
 
 
 class TokenRecorder(BaseCallback):
@@ -48,7 +57,7 @@ class TokenRecorder(BaseCallback):
     def __init__(self, run: RunFolder, tokenizer: Tokenizer, every: int, total: int) -> None:
         super().__init__()
         self.run, self.tokenizer, self.every, self.total = run, tokenizer, every, total
-        self.waiting: tuple[Episodes, Likeliest, dict[str, np.ndarray | None]] | None = None
+        self.waiting: Waiting | None = None
 
     def _on_step(self) -> bool:
         return True
@@ -73,7 +82,7 @@ class TokenRecorder(BaseCallback):
         episodes = Episodes.of(sequences, buffer.token_sets, buffer.device)
         advantages = np.concatenate([part.advantages for part in episodes.parts])
         scaled = (advantages - buffer.advantage_mean) / buffer.advantage_deviation  # as the loss has them
-        self.waiting = episodes, likeliest(lm, episodes.batch), {"kl": self._divergence(episodes), "scaled": scaled}
+        self.waiting = Waiting(episodes, likeliest(lm, episodes.batch), scaled, self._divergence(episodes))
 
     def _divergence(self, episodes: Episodes) -> np.ndarray | None:
         """Return log pi - log pi_ref of each token when it was sampled, (N,); None without a reference."""
@@ -95,17 +104,15 @@ class TokenRecorder(BaseCallback):
     def _write(self) -> None:
         if self.waiting is None:
             return
-        (episodes, found, more), self.waiting = self.waiting, None
-        scaled = more.pop("scaled")
-        assert scaled is not None, "set above"
+        (episodes, found, scaled, kl), self.waiting = self.waiting, None
         with torch.no_grad():
             now = cast("LMPolicy", self.model.policy).lm.log_probs(episodes.batch, episodes.actions)
         before = torch.as_tensor(np.concatenate([part.log_probs for part in episodes.parts]), device=now.device)
         counts = torch.as_tensor([len(part.actions) for part in episodes.parts], device=now.device)
         rows = torch.as_tensor(episodes.batch.rows, device=now.device)
         terms = Terms(now, before, torch.as_tensor(scaled, device=now.device), rows, counts)
-        update = {"ratio": terms.ratios.cpu().numpy(), "clipped": self._clipped(terms)}
-        written = token_rows(episodes, self.tokenizer, found, more | update)
+        more = {"kl": kl, "ratio": terms.ratios.cpu().numpy(), "clipped": self._clipped(terms)}
+        written = token_rows(episodes, self.tokenizer, found, more)
         self.run.append(self.run.tokens, [{"tokens": self.model.num_timesteps, **row} for row in written])
 
     def _clipped(self, terms: Terms) -> np.ndarray | None:

@@ -1,7 +1,7 @@
 """The package's description on PyPI: README.md, with links that hold there. All other metadata is in setup.cfg.
 
-README.md links to files of the repository. Where they can be read on the web is known to the workflow that publishes a
-release, which sets FILES_URL. A build without it leaves pictures out, and turns a link into its words and the file name.
+README.md links to files of the repository. The workflow that publishes a release knows their address, and sets
+FILES_URL. A build without it leaves pictures out, and turns a link into its words and the name of the file.
 """
 
 import os

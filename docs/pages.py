@@ -284,6 +284,8 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     """Turn links to files of the repository into links of the site, and put the drawings in."""
     name = page.file.src_uri
+    if name == "CHANGELOG.md":
+        page.meta["search"] = {"boost": 0.1}  # its long lists match any search, and would stand before the guides
     return markdown if name in generated_pages() else with_figures(with_links(markdown, name))
 
 

@@ -56,9 +56,9 @@ def test_a_tag_of_another_version_is_not_published():
 
 
 def test_the_notes_of_a_release_come_first_and_are_short():
-    section = text("CHANGELOG.md").partition(f"## [{newest_release()[0]}]")[2]
-    notes, _, rest = section.partition("\n### ")
-    assert 5 < len(notes.strip().splitlines()) - 1 <= 25 and rest
+    _, *releases = re.split(r"^## \[\d[^]]*\] - \d{4}-\d\d-\d\d\n", text("CHANGELOG.md"), flags=re.MULTILINE)
+    notes, _, lists = releases[0].partition("\n### ")
+    assert 5 < len(notes.strip().splitlines()) <= 25 and lists
 
 
 def described(monkeypatch, files):

@@ -148,6 +148,12 @@ def test_the_upload_is_checked_as_ci_checks_it():
     assert 'twine check --strict "$work"/dist/*' in text(".ci/run")
 
 
+def test_the_published_site_knows_its_address():
+    build = next(step for step in steps(read(".github/workflows/docs.yml")) if "mkdocs build" in step.get("run", ""))
+    assert build["env"] == {"SITE_URL": "${{ steps.pages.outputs.base_url }}"}
+    assert "site_url: !ENV [SITE_URL," in text("mkdocs.yml")
+
+
 @pytest.mark.parametrize("name", ["bug.yml", "wish.yml"])
 def test_an_issue_form_is_complete(name):
     form = read(f".github/ISSUE_TEMPLATE/{name}")

@@ -154,7 +154,7 @@ def train_reward_model(
     tests = encode_all("held_out", reader, held_out) if held_out else []
     work = work_folder(folder)
     if train == "head":
-        losses = _fit_head(model, examples, centring, batch_size, seed, progress_bar)
+        losses, scores = _fit_head(model, examples, centring, batch_size, seed, progress_bar)
     else:
         lengths = [max(map(len, example.ids)) for example in examples]
         n_steps = max(1, round(n_epochs * len(examples) / batch_size))
@@ -169,7 +169,7 @@ def train_reward_model(
             progress_bar=progress_bar,
             run=ResumableFit(work, prepare(work, arguments, resume)),
         )
-    scores = _scores(model, [ids for example in examples for ids in example.ids], batch_size)
+        scores = _scores(model, [ids for example in examples for ids in example.ids], batch_size)
     replace(read_as, closing=common_closing(tokenizer, examples)).store(model.config)
     stats = RewardStats(float(scores.mean()), max(float(scores.std()), 1e-6))  # equal scores: nothing to divide by
     with output_folder(folder, "reward model", overwrite) as beside:
@@ -300,8 +300,8 @@ def _fit_head(
     batch_size: int,
     seed: int,
     progress_bar: bool,
-) -> Tensor:
-    """Fit the score head alone, in place; return its loss on all data, (1,)."""
+) -> tuple[Tensor, np.ndarray]:
+    """Fit the score head alone, in place; return its loss on all data, (1,), and the texts' scores, (N,)."""
     texts = [ids for example in examples for ids in example.ids]
     head = score_head(model)
     states = torch.zeros(len(texts), head.in_features, device=model.device)
@@ -318,7 +318,7 @@ def _fit_head(
     head.weight.copy_(weights[None])
     if head.bias is not None:
         head.bias.zero_()  # a constant changes no comparison; numbers as labels are fitted through the origin
-    return torch.tensor([loss])
+    return torch.tensor([loss]), (states @ weights).cpu().numpy()
 
 
 def _by_length(texts: Sequence[list[int]], batch_size: int) -> Iterator[list[int]]:

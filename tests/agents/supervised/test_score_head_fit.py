@@ -77,6 +77,8 @@ def test_the_head_learns_pairs_and_the_body_stays(body, tmp_path):
     before, after = (AutoModelForSequenceClassification.from_pretrained(path) for path in (body, trained.folder))
     for ours, theirs in zip(after.base_model.parameters(), before.base_model.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+    wholes = [text for pair in some_pairs(100, 2) for text in pair.texts]
+    assert trained.stats.mean == pytest.approx(score_texts(after, TOKENIZER, wholes).mean(), abs=1e-4)
     noise = train_reward_model(str(body), TOKENIZER, some_pairs(100, 2, noise=True), tmp_path / "noise", **options)
     assert noise.held_out.accuracy < trained.held_out.low
 

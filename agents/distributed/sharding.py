@@ -245,6 +245,22 @@ def _with_weights(lm: SequenceScorer, is_gathered: bool) -> Iterator[None]:
         lm.shards.bring(before)
 
 
+@contextmanager
+def sharded_alone(module: nn.Module) -> Iterator[None]:
+    """Return a context in which the own parameters of a sharded module are `DTensor`s, whatever those around it are.
+
+    If the module is sharded, all processes must enter and leave the context.
+    """
+    is_gathered = isinstance(module, FSDPModule) and not isinstance(next(module.parameters()), DTensor)
+    if is_gathered:
+        cast("FSDPModule", module).reshard()
+    try:
+        yield
+    finally:
+        if is_gathered:
+            cast("FSDPModule", module).unshard()
+
+
 def local(tensor: Tensor) -> Tensor:
     """Return this process's shard of a sharded tensor; return any other tensor as it is."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
@@ -282,8 +298,6 @@ def _checked(lm: SequenceScorer, spec: Sharded) -> Backbone:
         reason = f"a {type(backbone).__name__}, whose layers are not transformers'"
     elif lm.lagged is not None:
         reason = "top_p_lag, whose copy follows the policy's whole weights"
-    elif lm.value_norm is not None and lm.value_norm.keeps_values:
-        reason = "value_norm='popart', which rewrites the value head between updates; use 'norm'"
     elif is_placed(backbone.model):
         reason = "weights that `device_map` or `quantization_config` has placed"
     elif not spec.gather and not any(isinstance(module, GradientCheckpointingLayer) for module in lm.modules()):

@@ -208,7 +208,7 @@ def sharded_updates(shards, names=("plain",)):
     results = {}
     for name in names:
         for way, shard in shards.items():
-            kwargs = {"plain": {}, **options()}[name]
+            kwargs = {"plain": {}, "popart": {"policy_kwargs": {"value_norm": "popart"}}, **options()}[name]
             policy_kwargs = {"value_norm": "norm", **kwargs.get("policy_kwargs", {}), "shard": shard}
             results[name, way] = scripted_updates(1, **{**kwargs, "policy_kwargs": policy_kwargs})
     return results

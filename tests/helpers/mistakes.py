@@ -12,7 +12,6 @@ from stable_baselines3.common.logger import Logger
 
 from agents import (
     Checkpoints,
-    CriticWarmup,
     DataParallel,
     LMPolicy,
     SequenceRolloutBuffer,
@@ -29,7 +28,7 @@ from tests.helpers.training import tiny_agent, tiny_config, tiny_env
 from textenv.rewards import waiting_for_people
 
 # Policies that cannot be sharded, by the name of the case.
-UNSHARDED = {"NLPO": {"top_p": 0.9, "top_p_lag": 2}, "popart": {"value_norm": "popart"}}
+UNSHARDED = {"NLPO": {"top_p": 0.9, "top_p_lag": 2}}
 
 
 def refused(case):
@@ -58,8 +57,6 @@ def refused(case):
         return tiny_agent(env, policy_kwargs={"shard": Sharded(), **UNSHARDED[case]})
     if case == "gathered encoder-decoder":
         return tiny_agent(env, lm=tiny_seq2seq(vocab_size=33), policy_kwargs={"shard": Sharded(gather=False)})
-    if case == "warm-up":
-        return tiny_agent(env, policy_kwargs={"shard": Sharded()}).learn(16, callback=CriticWarmup(1))
     if case == "doctor":
         return check(tiny_agent(env, policy_kwargs={"shard": Sharded()}))
     if case == "save":

@@ -6,7 +6,6 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from agents import Sharded
 from agents.models.pretrained import Pretrained, stored_type
-from tests.helpers.models import seldom
 from tests.helpers.processes import train
 
 
@@ -30,7 +29,8 @@ def folders(tmp_path_factory):
     return paths
 
 
-@pytest.mark.parametrize("dtype", seldom([torch.bfloat16, torch.float32]))
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_no_process_has_all_weights_in_memory_while_it_loads(dtype, folders):
     for peak, n_bytes, is_same, types, config_type in train(2, "loaded", folders[dtype], Sharded(), timeout=120):
         assert is_same and types == {"torch.float32"} and config_type == torch.float32

@@ -31,6 +31,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
 from stable_baselines3 import PPO
 from stable_baselines3.common.callbacks import BaseCallback
 from torch import Tensor
@@ -41,7 +42,7 @@ from agents.distributed.collectives import gather
 from agents.distributed.sharding import local
 
 LANES = 64
-WAYS = {"copies": None, "sharded": Sharded(), "lock-step": Sharded(gather=False)}
+WAYS: dict[str, dict[str, bool] | None] = {"copies": None, "sharded": {"gather": True}, "lock-step": {"gather": False}}
 
 
 class TimedPenalty(KLPenalty):
@@ -105,7 +106,9 @@ def work(settings: Settings, n_iterations: int, weights: str, with_reference: bo
     """Train for some iterations; return the figures of all processes, which rank 0 collects."""
     prepare()
     job = settings.work(n_lanes=8 if settings.smoke else LANES)
-    model, clock = job.agent(policy_kwargs={"shard": WAYS[weights]}), Clock()
+    options = WAYS[weights]
+    shard = None if options is None else Sharded(**options, device=settings.device)
+    model, clock = job.agent(policy_kwargs={"shard": shard}), Clock()
     tokens = job.n_lanes * job.new_tokens
     callbacks = [clock, KLPenalty(0.05)] if with_reference else [clock]
     model.learn((1 + n_iterations) * tokens, callback=callbacks, log_interval=None)
@@ -122,7 +125,7 @@ def work(settings: Settings, n_iterations: int, weights: str, with_reference: bo
         "tokens_per_second": n_iterations * tokens / max(seconds),
         "cpu_per_token": sum(gather("CPU time", time.process_time() - clock.cpu_start)) / (n_iterations * tokens),
         "rollout_share": clock.rollout_seconds / max(seconds),
-        "moved": (2 if WAYS[weights] is None else 3) * (size - 1) / size * n_bytes(trained),
+        "moved": (2 if shard is None else 3) * (size - 1) / size * n_bytes(trained),
         "seen": (loopback() - clock.lo_start) / size / steps,
     }
 
@@ -190,6 +193,9 @@ def main() -> None:
         return
     flags = [f"--{name}" for name in ("smoke", "reference") if getattr(args, name)]
     words = [f"--iterations={args.iterations}", f"--device={args.device}", *flags]
+    n_devices = torch.cuda.device_count() if args.device == "cuda" else max(args.processes)
+    if n_devices < max(args.processes):  # NCCL refuses two processes on one GPU
+        parser.error(f"expected a GPU for each of {max(args.processes)} processes, got {n_devices}: fewer --processes")
     kinds = [(n, way) for n in args.processes for way in (args.weights if n > 1 else ["copies"])]
     rows = [launch(__file__, n, [*words, f"--weights={way}"]) for n, way in kinds]
     print(table(rows))

@@ -313,5 +313,5 @@ def broadcast_weights(module: nn.Module) -> None:
 def _digest(tensor: torch.Tensor) -> str:
     """Return a digest of a tensor's type, shape and bytes."""
     digest = hashlib.blake2b(repr((tensor.dtype, tensor.shape)).encode())
-    digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

@@ -197,7 +197,9 @@ class Watch:
         """Leave the state of this process in the store, and return it."""
         if waits_for_people():
             note_progress()
-        frames = _frames(sys._current_frames()[self._watched])
+        running = sys._current_frames()
+        # The thread that joined the others, or, if that has ended, the main thread.
+        frames = _frames(running.get(self._watched) or running.get(threading.main_thread().ident or 0))
         fingerprint = tuple((id(frame), frame.f_lasti) for frame in frames)
         if fingerprint != self._frames:
             self._frames, self._frames_since = fingerprint, time.monotonic()
@@ -223,7 +225,8 @@ class Watch:
         if result is not None and (self.rank not in result[0] or own.waits is not None):
             self._message = result[1]
             if self._waits is None:
-                print(self._message, file=sys.stderr, flush=True)
+                with suppress(OSError, ValueError):  # a terminal that is gone, a closed stream
+                    print(self._message, file=sys.stderr, flush=True)
 
 
 def _frames(frame: FrameType | None) -> list[FrameType]:
@@ -237,6 +240,8 @@ def _frames(frame: FrameType | None) -> list[FrameType]:
 
 def _collective(frames: list[FrameType]) -> str | None:
     """Return what a thread waits for if it is inside a collective of torch; None if it is not."""
+    if not frames:
+        return None
     code = frames[0].f_code
     if code.co_filename.startswith(COLLECTIVES):
         return f"torch.distributed, {code.co_name}"
@@ -251,5 +256,6 @@ def _place(frames: list[FrameType]) -> str:
 
 def _call(frame: FrameType) -> str:
     path = Path(frame.f_code.co_filename)
-    shown = path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
-    return f"{shown}:{frame.f_lineno} in {frame.f_code.co_name}"
+    with suppress(OSError, ValueError):  # a current folder that is gone, a file outside it
+        path = path.relative_to(Path.cwd())
+    return f"{path}:{frame.f_lineno} in {frame.f_code.co_name}"

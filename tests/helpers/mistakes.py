@@ -8,6 +8,7 @@ from contextlib import nullcontext
 import torch
 from sb3_contrib import TRPO
 from stable_baselines3 import PPO
+from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import Logger
 
 from agents import (
@@ -145,20 +146,27 @@ def killed(where, folder, n_iterations=4, shard=None):
     return weights_of(model), model.num_timesteps, done
 
 
-class Sleeper:
-    """A reward, or another part of training, that sleeps, or stops the whole process, at its third call in rank 1.
+class Sleeper(BaseCallback):
+    """A part of training that sleeps, or stops the whole process, at its first call of the third rollout in rank 1.
 
-    From the first call on, which a busy machine may delay, the watch has a short timeout.
+    From the second rollout on, when all processes are at the same point, the watch has a short timeout.
     """
 
     def __init__(self, seconds, timeout, waits_for_people=False):
+        super().__init__()
         self.seconds, self.timeout, self.waits_for_people = seconds, timeout, waits_for_people
-        self.n_calls, self.start = 0, None
+        self.n_rollouts, self.start = 0, None
+
+    def _on_step(self):
+        return True
+
+    def _on_rollout_start(self):
+        self.n_rollouts += 1
+        if self.n_rollouts == 2:
+            world.world().watch.timeout = self.timeout
 
     def __call__(self, *args):
-        self.n_calls += 1
-        world.world().watch.timeout = self.timeout
-        if self.n_calls == 3 and rank_and_size()[0] == 1:
+        if self.n_rollouts == 3 and self.start is None and rank_and_size()[0] == 1:
             self.start = time.monotonic()
             if self.seconds is None:
                 os.kill(os.getpid(), signal.SIGSTOP)
@@ -192,7 +200,7 @@ def hangs(where, seconds, timeout, shard=None):
     model.set_logger(Logger(None, [rows]))
     result = rows.rows
     try:
-        model.learn(3 * 16)
+        model.learn(3 * 16, callback=nap)
     except Exception as error:
         result = error
     return result, time.monotonic(), nap.start

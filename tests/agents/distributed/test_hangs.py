@@ -9,8 +9,8 @@ from agents.distributed.hangs import ProcessLost, State, pause, timeout_from_env
 from agents.steps.data_parallel import merge
 from tests.helpers.processes import launch, train
 
-TIMEOUT, SLEEP = 1.5, 6  # seconds
-TORCHS = 8  # seconds: the timeout before the first call, and in torch's collectives half of it more
+TIMEOUT, SLEEP = 2.0, 8  # seconds
+TORCHS = 10  # seconds: the timeout of the first rollout, and half of it more in torch's collectives
 SOON = {rank: {"TEXTENV_TIMEOUT": str(TORCHS)} for rank in (0, 1)}
 AT_WORK = State(9, 0.5, None, "train.py:3 in step")
 STUCK = State(9, 4.0, None, "train.py:7 in reward")
@@ -85,17 +85,17 @@ def test_a_process_that_sleeps_is_named_with_its_place_before_it_wakes(where, sh
 def test_a_reward_that_waits_for_people_longer_than_the_timeout_is_no_hang():
     (rows, end, _), (_, _, start) = train(2, "hangs", "people", 2 * TIMEOUT, TIMEOUT, environments=SOON)
     assert end - start > 2 * TIMEOUT and [step for step, _ in rows] == [16, 32, 48]
-    waited = {step: (row["time/slowest_rank"], row["time/waited_seconds"]) for step, row in rows}
-    assert waited[32][0] == 1 and waited[32][1] > 2 * TIMEOUT - 0.5, "the row of the rollout with the wait"
-    assert waited[16][1] < TIMEOUT and waited[48][1] < TIMEOUT
+    (_, earlier), (_, last) = rows[1:]
+    assert last["time/slowest_rank"] == 1 and last["time/waited_seconds"] > 2 * TIMEOUT - 0.5
+    assert last["time/waited_seconds"] > earlier["time/waited_seconds"]
 
 
 @pytest.mark.slow
 def test_a_process_that_was_stopped_is_named_and_one_in_another_collective_too():
     (error, *_), _ = launch(2, "hangs", "reward", None, TIMEOUT, environments=SOON, timeout=20)
-    assert isinstance(error, ProcessLost) and re.search("no answer of rank 1 for 2 s, last seen at", str(error))
+    assert isinstance(error, ProcessLost) and re.search("no answer of rank 1 for 2 s, last seen at", str(error)), error
     error, other = launch(2, "hangs", "collective", 0, TIMEOUT, environments=SOON)
-    assert isinstance(error, ProcessLost) and "none of rank 0 for 8 s" in str(error) and "at 'two'" in str(error)
+    assert isinstance(error, ProcessLost) and "none of rank 0 for 10 s" in str(error) and "at 'two'" in str(error)
     assert "rank 1 waits for it at 'torch.distributed, barrier'" in str(error) and "Timed out" in str(other)
 
 

@@ -8,7 +8,8 @@
 itself, and the traffic of W processes that share whatever cores there are. The simulation puts W such processes on the
 cores, which they share equally, and lets each wait for the others where training does. `check` compares the seconds of
 an iteration with those that `scale.py` has measured on free cores, and ends with 1 if they are more than a fifth apart.
-`scale_on_paper.py` runs the same simulation with computed costs.
+Processor seconds are compared as well, which need no free core. `scale_on_paper.py` runs the same simulation with
+computed costs.
 """
 
 from __future__ import annotations
@@ -172,8 +173,9 @@ def calibrate(args: argparse.Namespace) -> list[dict[str, Any]]:
 def compare(costs: list[dict[str, Any]], measured: list[dict[str, Any]], cores: float) -> tuple[str, bool]:
     """Return a table of simulated and measured iterations, and whether they are within `TOLERANCE` everywhere."""
     lines = [
-        "| processes | simulated | measured | simulated / measured | rollout, simulated | rollout, measured |",
-        "|---|---|---|---|---|---|",
+        "| processes | simulated | measured | simulated / measured | rollout, simulated | rollout, measured "
+        "| processor seconds, simulated / measured |",
+        "|---|---|---|---|---|---|---|",
     ]
     by_size = {row["processes"]: Costs(**{key: row[key] for key in row if key != "processes"}) for row in costs}
     is_close = True
@@ -182,11 +184,14 @@ def compare(costs: list[dict[str, Any]], measured: list[dict[str, Any]], cores: 
             continue
         result = simulate(by_size[row["processes"]], row["processes"], cores)
         own = (result["rollout"] + result.get("reward", 0.0) + result.get("reference", 0.0)) / result["seconds"]
+        # On one core, all that the processes do comes one after the other.
+        used = simulate(by_size[row["processes"]], row["processes"], 1)["seconds"]
+        measured_use = row["cpu_per_token"] * row["tokens_per_second"] * row["seconds"]
         ratio = result["seconds"] / row["seconds"]
         is_close &= abs(ratio - 1) <= TOLERANCE
         lines.append(
             f"| {row['processes']} | {result['seconds']:.2f} s | {row['seconds']:.2f} s | {ratio:.2f} | {own:.0%} "
-            f"| {row['rollout_share']:.0%} |"
+            f"| {row['rollout_share']:.0%} | {used / measured_use:.2f} |"
         )
     return "\n".join(lines), is_close and len(lines) > 2
 

@@ -62,10 +62,16 @@ def test_a_schedule_by_hand():
 def test_a_simulation_is_compared_with_a_measurement():
     from schedule import compare
 
-    costs = [{"processes": n, "rollout": 4.0 / n, "step": 1.0 / n, "n_steps": 8, "traffic": 0.1} for n in (1, 2)]
+    costs = [
+        {"processes": n, "rollout": 4.0 / n, "step": 1.0 / n, "n_steps": 8, "traffic": 0.1, "is_sent_by_core": True}
+        for n in (1, 2)
+    ]
     rows = [{"processes": n, "weights": "copies", "seconds": 12.8 / n, "rollout_share": 0.3} for n in (1, 2)]
+    rows = [{**row, "tokens_per_second": 100.0, "cpu_per_token": 0.02} for row in rows]
     table, is_close = compare(costs, rows, cores=2)
-    assert is_close and "| 2 | 6.80 s | 6.40 s | 1.06 | 29% | 30% |" in table
+    assert is_close and "| 2 | 6.80 s | 6.40 s | 1.06 | 29% | 30% | 1.06 |" in table, (
+        "2 * 2 + 8 * 2 * 0.6 processor seconds of 12.8"
+    )
     assert not compare(costs, [{**rows[1], "seconds": 5.0}, rows[0]], cores=2)[1]
     assert not compare(costs, [], cores=2)[1], "nothing was compared"
 

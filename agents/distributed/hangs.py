@@ -68,20 +68,22 @@ class State(NamedTuple):
         beat: The number of times that it has told it; if this stays the same, its interpreter hangs or was stopped.
         idle: The seconds since its last progress; 0 while it waits for people.
         waits: What it waits for together with the other processes; None if it is at work of its own.
+        waited: The seconds of this wait so far.
         place: The innermost calls of the thread that trains.
     """
 
     beat: int
     idle: float
     waits: str | None
+    waited: float
     place: str
 
 
 def verdict(states: Mapping[int, State], silence: Mapping[int, float], timeout: float) -> tuple[list[int], str] | None:
     """Return the ranks that hang, and a message that names them; None if none does or nobody waits.
 
-    A process hangs if it does not answer for `timeout` seconds, or makes no progress for as long and does not wait for
-    others. If all wait and nothing has moved for as long, all hang, each at the wait of another.
+    A process hangs if another has waited for `timeout` seconds, while it did not answer or made no progress for as long
+    and did not wait for others. If all wait and nothing has moved for as long, all hang, each at the wait of another.
 
     Args:
         states: What each process has told last, by rank.
@@ -89,7 +91,7 @@ def verdict(states: Mapping[int, State], silence: Mapping[int, float], timeout: 
         timeout: The seconds after which a process without progress hangs.
 
     Example:
-        >>> states = {0: State(9, 2.0, "the log", ""), 1: State(9, 3.5, None, "train.py:7 in reward")}
+        >>> states = {0: State(9, 3.2, "the log", 3.1, ""), 1: State(9, 3.5, None, 0.0, "train.py:7 in reward")}
         >>> ranks, message = verdict(states, {0: 0.1, 1: 0.1}, timeout=3)
         >>> ranks, message[:79]
         ([1], 'Expected progress of each of 2 processes within 3 s, got none of rank 1 for 4 s')
@@ -101,7 +103,8 @@ def verdict(states: Mapping[int, State], silence: Mapping[int, float], timeout: 
     if not hanging and len(stuck) == len(states):
         hanging = stuck
     waiters = {rank: what for rank, what in waiting.items() if rank not in hanging or hanging == stuck}
-    if not hanging or not waiters:
+    # Who has just come waits for one that may have been slow before: to build a model is no progress, either.
+    if not hanging or not any(states[rank].waited >= timeout for rank in waiters):
         return None
     parts = []
     for rank in hanging:
@@ -140,6 +143,7 @@ class Watch:
         self._store = store.clone()  # type: ignore[attr-defined]  # torch's stubs lack it
         self._watched = threading.get_ident()
         self._waits: str | None = None
+        self._waits_since = 0.0
         self._message: str | None = None
         self._beat = 0
         self._beats: dict[int, tuple[int, float]] = {}  # by rank, the last beat and when it was first seen
@@ -159,17 +163,18 @@ class Watch:
         self._stopped.set()
         self._thread.join(1.0)
         with suppress(RuntimeError):  # the store is gone
-            self._store.set(f"state {self.rank}", json.dumps(State(-1, 0.0, None, "its end")))
+            self._store.set(f"state {self.rank}", json.dumps(State(-1, 0.0, None, 0.0, "its end")))
 
     @contextmanager
     def waiting(self, what: str) -> Iterator[None]:
         """Return a context in which this process waits for others, at something with a name."""
-        start, self._waits = time.monotonic(), what
+        self._waits_since = time.monotonic()
+        self._waits = what
         try:
             yield
         finally:
             self._waits = None
-            self.waited += time.monotonic() - start
+            self.waited += time.monotonic() - self._waits_since
             note_progress()
 
     def check(self) -> None:
@@ -204,8 +209,11 @@ class Watch:
         if fingerprint != self._frames:
             self._frames, self._frames_since = fingerprint, time.monotonic()
         self._beat += 1
-        idle = time.monotonic() - _last_progress
-        state = State(self._beat, idle, self._waits or _collective(frames), _place(frames))
+        now, waits = time.monotonic(), self._waits
+        since = self._frames_since if waits is None else self._waits_since
+        waits = waits or _collective(frames)
+        waited = 0.0 if waits is None else now - since
+        state = State(self._beat, now - _last_progress, waits, waited, _place(frames))
         self._store.set(f"state {self.rank}", json.dumps(state))
         return state
 

@@ -12,9 +12,10 @@ from tests.helpers.processes import launch, train
 TIMEOUT, SLEEP = 2.0, 8  # seconds
 TORCHS = 10  # seconds: the timeout of the first rollout, and half of it more in torch's collectives
 SOON = {rank: {"TEXTENV_TIMEOUT": str(TORCHS)} for rank in (0, 1)}
-AT_WORK = State(9, 0.5, None, "train.py:3 in step")
-STUCK = State(9, 4.0, None, "train.py:7 in reward")
-WAITS = State(9, 4.0, "the log", "train.py:9 in learn")
+AT_WORK = State(9, 0.5, None, 0.0, "train.py:3 in step")
+STUCK = State(9, 4.0, None, 0.0, "train.py:7 in reward")
+WAITS = State(9, 4.0, "the log", 3.5, "train.py:9 in learn")
+COMES = State(9, 0.5, "the log", 0.5, "train.py:9 in learn")
 ALIVE = {0: 0.1, 1: 0.1, 2: 0.1}
 
 
@@ -37,7 +38,8 @@ ALIVE = {0: 0.1, 1: 0.1, 2: 0.1}
         ([WAITS, WAITS, WAITS], ALIVE, [0, 1, 2], "none of rank 0 .* rank 2 waits for it at 'the log'"),
         ([WAITS, AT_WORK, WAITS], ALIVE, None, ""),  # a slow one, which samples or evaluates
         ([AT_WORK, STUCK, AT_WORK], ALIVE, None, ""),  # nobody waits for it yet
-        ([WAITS, WAITS, WAITS._replace(idle=1.0)], ALIVE, None, ""),  # the last has just come
+        ([WAITS, WAITS, COMES], ALIVE, None, ""),  # the last has just come
+        ([COMES, STUCK, COMES], ALIVE, None, ""),  # a slow start, for which nobody has waited long
     ],
 )
 def test_who_hangs_by_hand(states, silence, ranks, words):

@@ -33,7 +33,6 @@ from .trainable import Trainable, check_in_memory, checkpoint_layers, refuse_ada
 # With one of these arguments transformers looks for a name elsewhere than usual, so `model_folder` does not check it.
 LOOK_UP_OPTIONS = {"cache_dir", "token", "local_files_only"}
 TRUST = "trust_remote_code"
-STORED_TYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  # by their names in safetensors
 
 
 @runtime_checkable
@@ -338,8 +337,8 @@ def stored_type(folder: str | PathLike[str]) -> torch.dtype | None:
     types = set()
     for path in sorted(Path(folder).glob("*.safetensors")):
         with safe_open(path, framework="pt") as file:
-            types |= {file.get_slice(key).get_dtype() for key in file.keys()}  # noqa: SIM118  (no mapping)
-    return STORED_TYPES.get(types.pop()) if len(types) == 1 else None
+            types |= {file.get_tensor(key).dtype for key in file.keys()}  # noqa: SIM118  (no mapping); maps, reads nothing
+    return types.pop() if len(types) == 1 else None
 
 
 def refuse_16_bits(model: PreTrainedModel) -> None:

@@ -1,10 +1,11 @@
 """The gain of several processes: the same script on 1, 2 and 4 of them, each with its share of the lanes.
 
     python benchmarks/scale.py [--processes 1 2 4] [--weights copies sharded lock-step] [--iterations 3]
-                               [--device cuda] [--smoke] [--json FILE]
+                               [--reference] [--device cuda] [--smoke] [--json FILE]
 
 On a CPU (gloo) each process has one thread, so that there is nothing to gain beyond the cores that are free; on CUDA
-(NCCL) each has a GPU. One iteration comes first and is not counted. Columns:
+(NCCL) each has a GPU. One iteration comes first and is not counted. `schedule.py` compares the rows with a simulation.
+Columns:
 
 - tokens/s: of all processes, rollout and update, by wall clock; speed-up and efficiency are against one process.
 - CPU: process-CPU seconds of all processes per token, over those of one process: the cost of being several, which
@@ -30,23 +31,41 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
+from stable_baselines3 import PPO
 from stable_baselines3.common.callbacks import BaseCallback
 from torch import Tensor
 from work import Settings, prepare
 
-from agents import Sharded
+from agents import KLPenalty, Sharded
 from agents.distributed.collectives import gather
 from agents.distributed.sharding import local
 
 LANES = 64
-WAYS = {"copies": None, "sharded": Sharded(), "lock-step": Sharded(gather=False)}
+WAYS: dict[str, dict[str, bool] | None] = {"copies": None, "sharded": {"gather": True}, "lock-step": {"gather": False}}
+
+
+class TimedPenalty(KLPenalty):
+    """A penalty that notes how many processor seconds its reference has taken, from the second rollout on."""
+
+    def __init__(self) -> None:
+        super().__init__(0.05)
+        self.n_calls, self.used = 0, 0.0
+
+    def __call__(self, buffer: Any) -> None:
+        """Read the reference."""
+        start = time.process_time()
+        super().__call__(buffer)
+        self.n_calls += 1
+        if self.n_calls > 1:
+            self.used += time.process_time() - start
 
 
 class Clock(BaseCallback):
     """A callback that times rollouts and whole iterations, from the second one on."""
 
     def _on_training_start(self) -> None:
-        self.rollouts, self.rollout_seconds = 0, 0.0
+        self.rollouts, self.rollout_seconds, self.rollout_used = 0, 0.0, 0.0
 
     def _on_step(self) -> bool:
         return True
@@ -54,12 +73,26 @@ class Clock(BaseCallback):
     def _on_rollout_start(self) -> None:
         if self.rollouts == 1:
             self.start, self.cpu_start, self.lo_start = time.perf_counter(), time.process_time(), loopback()
-        self.began = time.perf_counter()
+        self.began, self.cpu_began = time.perf_counter(), time.process_time()
 
     def _on_rollout_end(self) -> None:
         if self.rollouts > 0:
             self.rollout_seconds += time.perf_counter() - self.began
+            self.rollout_used += time.process_time() - self.cpu_began
         self.rollouts += 1
+
+
+def iteration(model: PPO, tokens: int, n_iterations: int) -> dict[str, Any]:
+    """Return the processor seconds of an iteration of one process by phase, as `schedule.Costs` names them."""
+    clock, penalty = Clock(), TimedPenalty()
+    model.learn((1 + n_iterations) * tokens, callback=[clock, penalty], log_interval=None)
+    used, n_steps = time.process_time() - clock.cpu_start, model.n_epochs * (tokens // model.batch_size)
+    return {
+        "rollout": (clock.rollout_used - penalty.used) / n_iterations,
+        "reference": penalty.used / n_iterations,
+        "step": (used - clock.rollout_used) / n_iterations / n_steps,
+        "n_steps": n_steps,
+    }
 
 
 def loopback() -> int:
@@ -69,13 +102,16 @@ def loopback() -> int:
     return sum(int(line.split()[1]) for line in lines if line.strip().startswith("lo:"))
 
 
-def work(settings: Settings, n_iterations: int, weights: str) -> dict[str, Any]:
+def work(settings: Settings, n_iterations: int, weights: str, with_reference: bool = False) -> dict[str, Any]:
     """Train for some iterations; return the figures of all processes, which rank 0 collects."""
     prepare()
     job = settings.work(n_lanes=8 if settings.smoke else LANES)
-    model, clock = job.agent(policy_kwargs={"shard": WAYS[weights]}), Clock()
+    options = WAYS[weights]
+    shard = None if options is None else Sharded(**options, device=settings.device)
+    model, clock = job.agent(policy_kwargs={"shard": shard}), Clock()
     tokens = job.n_lanes * job.new_tokens
-    model.learn((1 + n_iterations) * tokens, callback=clock, log_interval=None)
+    callbacks = [clock, KLPenalty(0.05)] if with_reference else [clock]
+    model.learn((1 + n_iterations) * tokens, callback=callbacks, log_interval=None)
     seconds = gather("the time", time.perf_counter() - clock.start)
     steps = n_iterations * model.n_epochs * (tokens // model.batch_size)
     size = len(seconds)
@@ -85,10 +121,11 @@ def work(settings: Settings, n_iterations: int, weights: str) -> dict[str, Any]:
         "processes": size,
         "weights": weights,
         "kept": n_bytes([local(tensor) for tensor in (*trained, *moments)]),
+        "seconds": max(seconds) / n_iterations,
         "tokens_per_second": n_iterations * tokens / max(seconds),
         "cpu_per_token": sum(gather("CPU time", time.process_time() - clock.cpu_start)) / (n_iterations * tokens),
         "rollout_share": clock.rollout_seconds / max(seconds),
-        "moved": (2 if WAYS[weights] is None else 3) * (size - 1) / size * n_bytes(trained),
+        "moved": (2 if shard is None else 3) * (size - 1) / size * n_bytes(trained),
         "seen": (loopback() - clock.lo_start) / size / steps,
     }
 
@@ -98,8 +135,8 @@ def n_bytes(tensors: list[Tensor]) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
-def launch(n: int, words: list[str]) -> dict[str, Any]:
-    """Run this file in `n` processes and return what the first one wrote."""
+def launch(script: str, n: int, words: list[str]) -> dict[str, Any]:
+    """Run a script in `n` processes and return what the first one wrote."""
     with tempfile.TemporaryDirectory() as folder, socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -108,7 +145,7 @@ def launch(n: int, words: list[str]) -> dict[str, Any]:
         command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={n}", f"--master_port={port}"]
         start = command if n > 1 else [sys.executable]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        subprocess.run([*start, __file__, *words, "--result", str(result)], check=True, env=environment)
+        subprocess.run([*start, script, *words, "--result", str(result)], check=True, env=environment)
         return json.loads(result.read_text(encoding="utf-8"))
 
 
@@ -144,18 +181,23 @@ def main() -> None:
     )
     parser.add_argument("--iterations", type=int, default=3, help="rollouts and updates that are timed (default: 3)")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="where the models run (default: cpu)")
+    parser.add_argument("--reference", action="store_true", help="with the divergence from a reference")
     parser.add_argument("--smoke", action="store_true", help="a tiny model: only to see that it runs")
     parser.add_argument("--json", type=Path, help="write the rows to this file")
     parser.add_argument("--result", type=Path, help=argparse.SUPPRESS)  # given to the processes that this one starts
     args = parser.parse_args()
     if args.result is not None:
-        row = work(Settings(1, args.device, args.smoke), args.iterations, args.weights[0])
+        row = work(Settings(1, args.device, args.smoke), args.iterations, args.weights[0], args.reference)
         if os.environ.get("RANK", "0") == "0":
             args.result.write_text(json.dumps(row), encoding="utf-8")
         return
-    words = [f"--iterations={args.iterations}", f"--device={args.device}", *(["--smoke"] if args.smoke else [])]
+    flags = [f"--{name}" for name in ("smoke", "reference") if getattr(args, name)]
+    words = [f"--iterations={args.iterations}", f"--device={args.device}", *flags]
+    n_devices = torch.cuda.device_count() if args.device == "cuda" else max(args.processes)
+    if n_devices < max(args.processes):  # NCCL refuses two processes on one GPU
+        parser.error(f"expected a GPU for each of {max(args.processes)} processes, got {n_devices}: fewer --processes")
     kinds = [(n, way) for n in args.processes for way in (args.weights if n > 1 else ["copies"])]
-    rows = [launch(n, [*words, f"--weights={way}"]) for n, way in kinds]
+    rows = [launch(__file__, n, [*words, f"--weights={way}"]) for n, way in kinds]
     print(table(rows))
     if args.json is not None:
         args.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")

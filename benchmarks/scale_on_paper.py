@@ -1,13 +1,16 @@
-"""Estimates for 8 and 64 GPUs: memory per device, traffic per step, tokens per second; nothing is run.
+"""Estimates for 8 and 64 GPUs: memory per device, traffic per step, tokens per second; nothing is run on a GPU.
 
     python benchmarks/scale_on_paper.py
 
-The assumptions are the constants below and in `docs/scaling.md`, which holds this table.
+The assumptions are the constants below and in `docs/scaling.md`, which holds this table. The seconds of an iteration
+are those of the simulated schedule (`schedule.py`), with the costs of each GPU computed here.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+
+from schedule import Costs, simulate
 
 MEMORY = 80e9  # bytes of a GPU: an H100
 FLOPS = 0.4 * 989e12  # bfloat16, at two fifths of the peak
@@ -16,6 +19,7 @@ LINKS = {8: 300e9, 64: 50e9}  # bytes a second that an all-reduce gets: NVLink i
 LAYER_SECONDS = 0.6e-3  # of a decode step per layer: launching its kernels, without CUDA graphs
 LAYERS = {0.5: 24, 7: 32, 70: 80}  # the layers of a model, by billions of parameters
 LANES, NEW_TOKENS, EPOCHS, MINIBATCHES = 64, 512, 4, 8  # lanes per GPU
+PROMPT_TOKENS, SAMPLES = 512, 8  # tokens of a prompt; texts of each, on one GPU
 ADAPTERS = 0.005  # parameters of a LoRA, as a share of the model's
 
 
@@ -24,12 +28,17 @@ WAYS = ("copies", "sharded", "lock-step")  # how processes hold the weights: see
 
 @dataclass(frozen=True)
 class Plan:
-    """A model of `billions` of parameters on `n_gpus`: which weights are trained, and how they are held on each GPU."""
+    """A model of `billions` of parameters on `n_gpus`: which weights are trained, and how they are held on each GPU.
+
+    `shares_prompts` is whether the samples of a prompt share its reading: in the rollout with every way, in reference
+    and update with copies alone.
+    """
 
     billions: float
     n_gpus: int
     lora: bool
     way: str = "copies"
+    shares_prompts: bool = True
 
     @property
     def n(self) -> float:
@@ -66,42 +75,69 @@ class Plan:
         once = 0 if self.lora else gathered  # the reference
         return {"copies": 0, "sharded": gathered + once, "lock-step": NEW_TOKENS * gathered + once}[self.way]
 
+    def read_tokens(self, in_rollout: bool) -> float:
+        """Return the tokens of prompts that a GPU reads in a rollout, or in a pass over all of its texts."""
+        is_shared = self.shares_prompts and (in_rollout or self.way == "copies")
+        return PROMPT_TOKENS * LANES / (SAMPLES if is_shared else 1)
+
     @property
     def rollout_seconds(self) -> float:
-        """Return the seconds of decode steps, each limited by reading the weights once or by kernel launches."""
+        """Return the seconds of prefill and of decode steps, each limited by reading the weights or by launches.
+
+        A token of a prompt takes 2 operations per parameter.
+        """
         in_16_bits = self.lora or self.way != "copies"
         read = self.n * (2 if in_16_bits else 4) / BANDWIDTH
-        return NEW_TOKENS * max(read, LAYERS[self.billions] * LAYER_SECONDS)
+        prefill = 2 * self.n * self.read_tokens(True) / FLOPS
+        return prefill + NEW_TOKENS * max(read, LAYERS[self.billions] * LAYER_SECONDS)
+
+    @property
+    def pass_tokens(self) -> float:
+        """The tokens that a forward over all texts of a GPU reads: completions, and prompts."""
+        return LANES * NEW_TOKENS + self.read_tokens(False)
+
+    @property
+    def reference_seconds(self) -> float:
+        """Return the seconds of the reference: a forward."""
+        return 2 * self.n * self.pass_tokens / FLOPS
 
     @property
     def update_seconds(self) -> float:
-        """Return the seconds of the update: operations per parameter are 2 forward, 4 (frozen: 2) backward.
+        """Return the seconds of the update: operations per parameter and token are 2 forward, 4 (frozen: 2) backward.
 
-        The reference adds one forward.
+        Minibatches keep the texts of a prompt together.
         """
-        operations = EPOCHS * (4 if self.lora else 6) + 2
-        return operations * self.n * LANES * NEW_TOKENS / FLOPS
+        return EPOCHS * (4 if self.lora else 6) * self.n * self.pass_tokens / FLOPS
 
     @property
-    def traffic_seconds(self) -> float:
-        """Return the seconds of the traffic, none of it overlapped with forward or backward."""
-        return (EPOCHS * MINIBATCHES * self.traffic + self.rollout_traffic) / LINKS[self.n_gpus]
+    def costs(self) -> Costs:
+        """What each GPU does in an iteration; none of the traffic overlaps with forward or backward."""
+        n_steps, link = EPOCHS * MINIBATCHES, LINKS[self.n_gpus]
+        return Costs(
+            rollout=self.rollout_seconds,
+            reference=self.reference_seconds,
+            step=self.update_seconds / n_steps,
+            n_steps=n_steps,
+            traffic=self.traffic / link,
+            gathering=self.rollout_traffic / link,
+        )
 
     @property
-    def seconds(self) -> float:
-        """The seconds of an iteration."""
-        return self.rollout_seconds + self.update_seconds + self.traffic_seconds
+    def tokens_per_second(self) -> float:
+        """The sampled tokens of all GPUs per second."""
+        return self.n_gpus * LANES * NEW_TOKENS / simulate(self.costs, self.n_gpus, self.n_gpus)["seconds"]
 
     def row(self) -> str:
         """Return a line of the table."""
-        tokens = self.n_gpus * LANES * NEW_TOKENS / self.seconds
-        efficiency = 1 - self.traffic_seconds / self.seconds
+        spent = simulate(self.costs, self.n_gpus, self.n_gpus)
+        alone = Plan(self.billions, self.n_gpus, self.lora, self.way, shares_prompts=False)
         return (
             f"| {self.billions:g} B | {'LoRA' if self.lora else 'all'} | {self.n_gpus} | {self.way} "
             f"| {self.memory / 1e9:,.0f} GB{'' if self.memory < MEMORY else ': too much'} "
             f"| {self.traffic / 1e9:.2f} GB | {self.rollout_traffic / 1e9:,.0f} GB "
-            f"| {self.rollout_seconds:.0f} + {self.update_seconds:.0f} + {self.traffic_seconds:.1f} s | {tokens:,.0f} "
-            f"| {efficiency:.0%} |"
+            f"| {spent['rollout']:.0f} + {spent['reference']:.1f} + {spent['update']:.0f} + {spent['traffic']:.1f} s "
+            f"| {self.tokens_per_second:,.0f} | {alone.tokens_per_second:,.0f} "
+            f"| {1 - spent['traffic'] / spent['seconds']:.0%} |"
         )
 
 
@@ -114,9 +150,9 @@ def choose(billions: float, n_gpus: int, lora: bool) -> Plan:
 def table() -> str:
     """Return the table of all models as Markdown."""
     lines = [
-        "| model | trained | GPUs | weights | a device | a step sends | a rollout sends | rollout + update + traffic "
-        "| tokens/s | efficiency |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| model | trained | GPUs | weights | a device | a step sends | a rollout sends "
+        "| rollout + reference + update + traffic | tokens/s | each prompt read 8 times | efficiency |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     plans = [choose(size, n, lora) for size in LAYERS for lora in (False, True) for n in LINKS]
     return "\n".join([*lines, *(plan.row() for plan in plans)])

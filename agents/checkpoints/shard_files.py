@@ -73,7 +73,7 @@ def write_shards(folder: Path, tensors: Tensors) -> Tensors:
         assert here is not None, "only several processes have sharded tensors"
         writer = HuggingFaceStorageWriter(str(folder / FOLDER), save_distributed=True)
         try:
-            dcp.save(sharded, storage_writer=writer, process_group=here.group)
+            dcp.save(sharded, storage_writer=writer, process_group=here.files)
         except CheckpointException as error:  # torch raises it in all processes, whichever failed
             raise _storage_error(error) from error
     return whole
@@ -111,7 +111,7 @@ def read_shards(folder: Path, shards: Shards | None) -> Tensors:
             target[name] = zeros(entry.size, dtype=entry.properties.dtype, **placing)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled")  # which is what `no_dist` asks for
-        dcp.load(target, storage_reader=reader, process_group=here and here.group, no_dist=here is None)
+        dcp.load(target, storage_reader=reader, process_group=here and here.files, no_dist=here is None)
     tensors: Tensors = {}
     for key, tensor in target.items():
         file, _, name = key.partition("/")

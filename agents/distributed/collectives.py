@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
+import pickle
 import time
 import weakref
 from collections.abc import Callable
+from datetime import timedelta
 from functools import reduce
 from typing import Any, NamedTuple, TypeVar
 
@@ -13,16 +16,13 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from .world import AGREE, World, is_main_process, world
+from .hangs import ProcessLost, pause
+from .world import POLL_SECONDS, World, is_main_process, world
 
 Value = TypeVar("Value")
 Owner = TypeVar("Owner")
 
 ANSWER_SECONDS = 5.0  # how long processes have to show that they are alive once one seems lost
-
-
-class ProcessLost(RuntimeError):
-    """The error of a process when another process of the job has ended or does not answer."""
 
 
 def gather(name: str, value: Value) -> list[Value]:
@@ -35,7 +35,7 @@ def gather(name: str, value: Value) -> list[Value]:
         value: The value of this process: anything that can be pickled.
 
     Raises:
-        ProcessLost: If another process has ended, with its rank.
+        ProcessLost: If another process has ended or hangs, with its rank.
         RuntimeError: If another process has called it with another name.
 
     Example:
@@ -47,11 +47,7 @@ def gather(name: str, value: Value) -> list[Value]:
     if here is None:
         return [value]
     while True:
-        answers: list[Any] = [None] * here.size
-        _together(
-            here,
-            lambda answers=answers: dist.all_gather_object(answers, (name, value), group=here.group),  # type: ignore[misc]
-        )
+        answers = _exchange(here, name, value)
         turn = next((theirs for theirs, _ in answers if theirs in here.turns), None)
         if turn is None or turn == name:
             break
@@ -160,7 +156,10 @@ def by_main(name: str, write: Callable[[], Any]) -> None:
     here.n_written[name] += 1
     key = f"written {here.n_written[name]} {name}"
     if here.rank > 0:
-        here.store.wait([key], AGREE)
+        with here.watch.waiting(f"writing {name}"):
+            while not here.store.check([key]):
+                here.watch.check()
+                time.sleep(POLL_SECONDS)
         return
     try:
         write()
@@ -168,12 +167,43 @@ def by_main(name: str, write: Callable[[], Any]) -> None:
         here.store.set(key, "1")
 
 
-def _together(here: World, call: Callable[[], Any]) -> None:
-    """Make a call that needs all processes; if one of them is lost, raise an error with its rank."""
+def _exchange(here: World, name: str, value: Any) -> list[tuple[str, Any]]:
+    """Return the names and values of all processes, by rank."""
+    message = torch.frombuffer(bytearray(pickle.dumps((name, value))), dtype=torch.uint8)
+    lengths = [torch.empty(1, dtype=torch.int64) for _ in range(here.size)]
+    own = torch.tensor([len(message)])
+    _together(here, name, lambda: dist.all_gather(lengths, own, group=here.group, async_op=True))
+    longest = max(map(int, lengths))
+    messages = [torch.empty(longest, dtype=torch.uint8) for _ in range(here.size)]
+    padded = torch.nn.functional.pad(message, (0, longest - len(message)))
+    _together(here, name, lambda: dist.all_gather(messages, padded, group=here.group, async_op=True))
+    return [pickle.loads(text.numpy().tobytes()) for text in messages]  # each ends where its pickle does
+
+
+def _together(here: World, name: str, begin: Callable[[], Any]) -> None:
+    """Wait for work of gloo that needs all processes; if one of them is lost or hangs, raise an error with its rank."""
+    with here.watch.waiting(name):
+        try:
+            work = begin()
+            while not _ends_soon(work, pause(here.watch.timeout)):
+                here.watch.check()
+            return
+        except ProcessLost:
+            raise
+        except RuntimeError as error:  # gloo's: a connection was closed
+            lost = error
+    raise ProcessLost(f"Expected {here.size} processes, got no answer of {_silent(here)}: {lost}") from lost
+
+
+def _ends_soon(work: Any, seconds: float) -> bool:
+    """Wait some seconds for work of gloo, and return whether it has ended; raise its error if it has failed."""
     try:
-        call()
-    except RuntimeError as error:  # gloo's: a connection was closed, or nothing came in time
-        raise ProcessLost(f"Expected {here.size} processes, got no answer of {_silent(here)}: {error}") from error
+        work.wait(timedelta(seconds=seconds))
+    except RuntimeError:  # the seconds are over, or it has failed
+        if not work.is_completed():
+            return False
+        work.wait()
+    return True
 
 
 def _silent(here: World) -> str:
@@ -248,7 +278,10 @@ def moments(name: str, values: np.ndarray) -> Moments:
 
 
 def broadcast_weights(module: nn.Module) -> None:
-    """Copy the weights and buffers of rank 0 to all other processes.
+    """Copy the weights and buffers of rank 0 to all other processes, those that are not the same already.
+
+    Weights that transformers has mapped from a file are mostly the same. They are not written to: a page of a mapped
+    file that is written to becomes memory of this process.
 
     Raises:
         ValueError: If some are offloaded.
@@ -256,12 +289,29 @@ def broadcast_weights(module: nn.Module) -> None:
     here = world()
     if here is None:
         return
-    for tensor in (*module.parameters(), *module.buffers()):
+    tensors = [*module.parameters(), *module.buffers()]
+    for tensor in tensors:
         if tensor.is_meta:
             raise ValueError(
                 "Expected weights in memory in several processes, got some that `device_map` has offloaded."
             )
+    ours = [_digest(tensor) for tensor in tensors]
+    theirs = gather("the weights", ours)
+    for i, tensor in enumerate(tensors):
+        if all(digests[i] == ours[i] for digests in theirs):
+            continue
         copy = tensor.detach().cpu().contiguous()  # gloo works on the host
-        _together(here, lambda copy=copy: dist.broadcast(copy, 0, group=here.group))  # type: ignore[misc]
+        _together(
+            here,
+            "the weights of rank 0",
+            lambda copy=copy: dist.broadcast(copy, 0, group=here.group, async_op=True),  # type: ignore[misc]
+        )
         with torch.no_grad():
             tensor.copy_(copy)
+
+
+def _digest(tensor: torch.Tensor) -> str:
+    """Return a digest of a tensor's type, shape and bytes."""
+    digest = hashlib.blake2b(repr((tensor.dtype, tensor.shape)).encode())
+    digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()

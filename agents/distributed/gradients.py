@@ -13,6 +13,8 @@ from torch.nn.parallel import DistributedDataParallel
 from ..models.interface import SequenceScorer
 from ..models.sequences import SequenceBatch
 from .collectives import gather
+from .hangs import note_progress
+from .world import world
 
 
 class AgreedTarget(float):
@@ -70,11 +72,19 @@ class SharedGradient:
         All processes must call it, and then all of them or none run the backward pass.
         """
         assert batch.share is not None, "a minibatch of the buffer"
+        note_progress()
         if self.lm.shards is None:
             results = self._replicated(batch, actions)
+            gather("a minibatch", None)  # before the backward pass, in whose collectives no error names a rank
         else:  # `fully_shard` averages gradients itself, but all processes must run the same number of forwards
             n_forwards = gather("the parts of a minibatch", sum(1 for _ in self.lm.chunks(batch)))
-            results = self.lm.evaluate_parts(batch, actions, max(n_forwards))
+            try:
+                results = self.lm.evaluate_parts(batch, actions, max(n_forwards))
+            except RuntimeError:  # perhaps torch's, whose collectives name no rank
+                here = world()
+                assert here is not None, "several processes"
+                here.watch.check()
+                raise
         if self.target is not None:
             self.target.agreed = self._divergence(batch, results[1].detach())
         return tuple(_scaled_gradient(result, batch.share) for result in results)

@@ -92,12 +92,13 @@ class Shards(Generic[Scorer]):
     Args:
         lm: The model to shard, in place: before its optimizer is built, with the same weights in all processes.
         spec: The options.
+        as_stored: Whether the weights have the type of their file, and become float32 when they are sharded.
 
     Attributes:
         is_gathered: Whether the weights are gathered now.
     """
 
-    def __init__(self, lm: Scorer, spec: Sharded) -> None:
+    def __init__(self, lm: Scorer, spec: Sharded, as_stored: bool = False) -> None:
         here = world()
         assert here is not None, "several processes"
         self._backbone = _checked(lm, spec)
@@ -109,6 +110,10 @@ class Shards(Generic[Scorer]):
         self._reads: list[Read] = []  # by trunk, a function that runs its forward, for `_help`
         keep_apart(lm)  # a gathered layer has no memory to spare
         self._plain = _without_weights(lm)
+        # The config names the type in the end: that of a frozen base in 16 bits stays.
+        is_converted = as_stored and self._backbone.model.config.dtype == torch.float32
+        if is_converted:
+            self._plain.float()
         precision = MixedPrecisionPolicy()
         if lm.autocast is not None:  # autocast casts the inputs itself
             precision = MixedPrecisionPolicy(lm.autocast_dtype, torch.float32, cast_forward_inputs=False)
@@ -120,6 +125,8 @@ class Shards(Generic[Scorer]):
         if isinstance(lm.critic, ValueHead):  # without `precision`: a value head always computes in float32
             fully_shard(lm.critic.linear, mesh=self.mesh, offload_policy=offload)
         fully_shard(lm, mesh=self.mesh, mp_policy=precision, offload_policy=offload)
+        if is_converted:
+            lm.float()  # each process its own shards
         register_fsdp_forward_method(lm, "evaluate_parts")  # weights are gathered around it as around a forward
         self._modules = [module for module in lm.modules() if isinstance(module, FSDPModule)]
         with torch.no_grad():
@@ -238,6 +245,22 @@ def _with_weights(lm: SequenceScorer, is_gathered: bool) -> Iterator[None]:
         lm.shards.bring(before)
 
 
+@contextmanager
+def sharded_alone(module: nn.Module) -> Iterator[None]:
+    """Return a context in which the own parameters of a sharded module are `DTensor`s, whatever those around it are.
+
+    If the module is sharded, all processes must enter and leave the context.
+    """
+    is_gathered = isinstance(module, FSDPModule) and not isinstance(next(module.parameters()), DTensor)
+    if is_gathered:
+        cast("FSDPModule", module).reshard()
+    try:
+        yield
+    finally:
+        if is_gathered:
+            cast("FSDPModule", module).unshard()
+
+
 def local(tensor: Tensor) -> Tensor:
     """Return this process's shard of a sharded tensor; return any other tensor as it is."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
@@ -275,8 +298,6 @@ def _checked(lm: SequenceScorer, spec: Sharded) -> Backbone:
         reason = f"a {type(backbone).__name__}, whose layers are not transformers'"
     elif lm.lagged is not None:
         reason = "top_p_lag, whose copy follows the policy's whole weights"
-    elif lm.value_norm is not None and lm.value_norm.keeps_values:
-        reason = "value_norm='popart', which rewrites the value head between updates; use 'norm'"
     elif is_placed(backbone.model):
         reason = "weights that `device_map` or `quantization_config` has placed"
     elif not spec.gather and not any(isinstance(module, GradientCheckpointingLayer) for module in lm.modules()):

@@ -10,13 +10,16 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
+from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
+from .hangs import VARIABLE, Watch, pause, timeout_from_environment
+
 JOIN_SECONDS = 300.0  # how long processes wait for each other at the start: some load a model on a busy machine first
-AGREE = timedelta(hours=4)  # the longest that one process waits for another, which may be evaluating
+FOR_EVER = timedelta(days=365)  # a process that waits by `collectives` is ended by its watch, not by gloo
 LEAVE_SECONDS = 10.0  # how long the process that serves the store waits for the others before it ends
 POLL_SECONDS = 0.05  # the pause between two looks into the store
 
@@ -31,6 +34,8 @@ class World:
         seed: A number that all processes share, new for each job.
         store: The key-value store through which the processes leave each other short messages.
         group: The process group (gloo, on the host) through which they agree.
+        files: Another such group, through which torch agrees on files of shards, with the timeout of the watch.
+        watch: The watch that names a process that hangs.
         n_written: How often `by_main` has written each name: the same in all processes.
         turns: By name, the work that this process does when others take that turn (`offer_help`).
         n_turns: The number of turns offered so far: the same in all processes.
@@ -41,6 +46,8 @@ class World:
     seed: int
     store: dist.Store
     group: dist.ProcessGroup
+    files: dist.ProcessGroup
+    watch: Watch
     n_written: Counter[str] = field(default_factory=Counter)
     turns: dict[str, Callable[[], None]] = field(default_factory=dict)
     n_turns: int = 0
@@ -54,11 +61,12 @@ def world() -> World | None:
 
     `torchrun`, `accelerate launch` and job schedulers announce several processes by environment variables (WORLD_SIZE,
     RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT). The first call joins the processes, and waits until all have come; a
-    process group that the script has initialised itself is used as it is.
+    process group that the script has initialised itself is used as it is. `TEXTENV_TIMEOUT` is the number of seconds,
+    1800 by default, after which a process that makes no progress, while others wait for it, is named by an error.
 
     Raises:
         ValueError: If a variable is missing or not a number, or the processes have different values of WORLD_SIZE or
-            the same RANK.
+            of TEXTENV_TIMEOUT, or the same RANK.
         TimeoutError: If not all processes have come after five minutes.
 
     Example:
@@ -106,6 +114,9 @@ def _join() -> World:
     """Meet the other processes, and make the process group unless the script has made one."""
     if torch.cuda.is_available() and _number_from_environment("LOCAL_RANK", 0) < torch.cuda.device_count():
         torch.cuda.set_device(_number_from_environment("LOCAL_RANK", 0))  # "cuda" means this device from now on
+    timeout = timeout_from_environment()
+    # Somewhat later than the watch, which names the process that hangs; torch's error does not.
+    later = timedelta(seconds=timeout + 4 * pause(timeout))
     if dist.is_initialized():
         rank, size, store = dist.get_rank(), dist.get_world_size(), dist.distributed_c10d._get_default_store()
     else:
@@ -113,13 +124,23 @@ def _join() -> World:
         store = _meet(rank, size)
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         atexit.register(leave, store, rank, size)
-        dist.init_process_group(backend, store=dist.PrefixStore("group", store), rank=rank, world_size=size)
-    # A group of its own for agreeing: on the host whatever the gradients use, and with time for an evaluation.
-    group = dist.new_group(backend="gloo", timeout=AGREE)
-    assert group is not None, "this process is a member"
-    seed = [int(np.random.SeedSequence().generate_state(1)[0]) >> 1]  # 31 bits: in the range of every generator
-    dist.broadcast_object_list(seed, group=group)
-    return World(rank, size, seed[0], dist.PrefixStore("textenv", store), group)
+        own = dist.PrefixStore("group", store)
+        dist.init_process_group(backend, store=own, rank=rank, world_size=size, timeout=later)
+    # Groups of their own for agreeing and for files: on the host whatever the gradients use.
+    group, files = dist.new_group(backend="gloo", timeout=FOR_EVER), dist.new_group(backend="gloo", timeout=later)
+    assert group is not None and files is not None, "this process is a member"
+    store = dist.PrefixStore("textenv", store)
+    watch = Watch(store, rank, size, timeout)
+    own_seed = int(np.random.SeedSequence().generate_state(1)[0]) >> 1  # 31 bits: in the range of every generator
+    told: list[Any] = [None] * size
+    dist.all_gather_object(told, (own_seed, timeout), group=files)
+    for other, (_, seconds) in enumerate(told):
+        if seconds != told[0][1]:
+            raise ValueError(
+                f"Expected {VARIABLE}={told[0][1]:g} in all processes, as in rank 0, got {seconds:g} in rank {other}."
+            )
+    watch.start()
+    return World(rank, size, told[0][0], store, group, files, watch)
 
 
 def _meet(rank: int, size: int) -> dist.Store:
@@ -155,6 +176,8 @@ def _serves(rank: int) -> bool:
 
 def leave(store: dist.Store, rank: int, size: int) -> None:
     """Announce the end of this process; the process that serves the store waits a while for those that still read."""
+    if _joined is not None:
+        _joined.watch.stop()
     deadline, all_left = time.monotonic() + LEAVE_SECONDS, [f"left {other}" for other in range(size)]
     with suppress(dist.DistError):  # the process that serves the store has ended already
         store.set(f"left {rank}", "1")

@@ -13,6 +13,7 @@ from textenv.lanes.lanes import Lanes
 from textenv.lanes.state import Saved
 from textenv.prompts.prompts import Prompt
 
+from ..distributed.hangs import note_progress
 from ..models.sequences import SequenceBatch, number_prompts
 from ..models.token_sets import AllowedTokens, TokenSets
 from ..policies.lm_policy import LMPolicy
@@ -121,6 +122,7 @@ def continue_from(
         steps["cols"].append(lanes.state.lengths - 2)  # `lengths` counts the separator
         batch = torch.as_tensor(observations, device=policy.device)
         allowed = torch.as_tensor(lanes.allowed(), device=policy.device) if env.masks else None
+        note_progress()
         step = lm.act(batch, False, generator, lm.predict_cache, allowed, False)
         log_probs.append(step.log_probs)
         is_masked |= step.allowed is not None

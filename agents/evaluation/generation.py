@@ -18,6 +18,7 @@ from textenv.prompts.prompts import Prompt, PromptLike
 from textenv.text.tokenizer import Tokenizer
 from textenv.vector import unwrap_text_env
 
+from ..distributed.hangs import note_progress
 from ..models.interface import LengthError
 from ..policies.lm_policy import LMPolicy
 from ..rollout.vec_env import TextVecEnv
@@ -197,6 +198,7 @@ def run_episodes(
         while not lanes.idle.all():
             batch = torch.as_tensor(observations, device=policy.device)
             allowed = torch.as_tensor(lanes.allowed(), device=policy.device) if env.masks else None
+            note_progress()
             actions = policy.lm.act(batch, deterministic, generator, policy.lm.predict_cache, allowed, False).actions
             result = lanes.step(actions.cpu().numpy())
             observations = result.observations

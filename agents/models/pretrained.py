@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import torch
+from safetensors import safe_open
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -82,8 +83,14 @@ class Pretrained:
         self.kwargs = {"dtype": torch.float32, **kwargs}
         self.config: PreTrainedConfig | None = None
 
-    def build(self) -> PreTrainedModel:
-        """Return the checkpoint's model; after unpickling, a model with fresh weights, which the saved ones replace."""
+    def build(self, as_stored: bool = False) -> PreTrainedModel:
+        """Return the checkpoint's model; after unpickling, a model with fresh weights, which the saved ones replace.
+
+        Args:
+            as_stored: Whether weights that are to be float32 may have the type of their file, if the folder has one for
+                all. transformers maps such a file into memory, and reads a page of it when it is used, where another
+                type needs a copy of all weights. The caller converts them.
+        """
         if self.name is None:
             assert self.config is not None, "pickled only once built"
             return from_config(self._auto_class(self.config), self.config, self.kwargs.get(TRUST, False))
@@ -93,9 +100,20 @@ class Pretrained:
         name = self.name if LOOK_UP_OPTIONS & self.kwargs.keys() else model_folder(self.name)
         check_whole(name)
         config = from_pretrained(AutoConfig, name, **self.kwargs)
-        model = load_whole(self._auto_class(config), name, fresh_head=self._makes_head, **self.kwargs)
+        dtype = self.kwargs["dtype"]
+        if as_stored and self.becomes_float32:
+            dtype = stored_type(name) or dtype
+        kwargs = {**self.kwargs, "dtype": dtype}
+        model = load_whole(self._auto_class(config), name, fresh_head=self._makes_head, **kwargs)
+        if dtype != self.kwargs["dtype"]:
+            model.config.dtype = self.kwargs["dtype"]
         self.config = model.config
         return model
+
+    @property
+    def becomes_float32(self) -> bool:
+        """Whether the weights are float32 in the end, whatever type their file has."""
+        return self.kwargs.get("dtype") == torch.float32
 
     @property
     def _makes_head(self) -> bool:
@@ -134,13 +152,13 @@ class PretrainedRewardModel(Pretrained):
     def _auto_class(config: PreTrainedConfig) -> Any:
         return AutoModelForSequenceClassification
 
-    def build(self) -> PreTrainedModel:
+    def build(self, as_stored: bool = False) -> PreTrainedModel:
         """Return the model.
 
         Raises:
             ValueError: If it does not have exactly one score, or has trainable weights of 16 bits.
         """
-        model = super().build()
+        model = super().build(as_stored)
         if model.config.num_labels != 1:
             raise ValueError(
                 f"Expected a reward model with one score (num_labels=1), got {model.config.num_labels} labels in "
@@ -210,12 +228,13 @@ def as_spec(lm: LMLike) -> LMLike:
     return LiveModel(lm) if isinstance(lm, PreTrainedModel) else lm
 
 
-def build_model(lm: LMLike, train: Trainable | None = "all") -> PreTrainedModel:
+def build_model(lm: LMLike, train: Trainable | None = "all", as_stored: bool = False) -> PreTrainedModel:
     """Build a language model from a name or path, a config (fresh weights) or a spec; take a live model as it is.
 
     Args:
         lm: Where the model comes from.
         train: Which of its weights are trained; None freezes all. "all" leaves those frozen that a live model freezes.
+        as_stored: See `Pretrained.build`.
 
     Raises:
         TypeError: If `lm` is none of these, or a module around a model of transformers.
@@ -236,10 +255,12 @@ def build_model(lm: LMLike, train: Trainable | None = "all") -> PreTrainedModel:
             f"Expected `lm` to be a model of transformers, a name, a path, a config or a spec, got another module, "
             f"{type(lm).__name__}: pass the model of transformers that it is made of."
         )
+    if isinstance(lm, (str, PathLike)):
+        lm = Pretrained(str(lm))
     if isinstance(lm, PreTrainedConfig):
         model = from_config(_auto_model(lm), lm)
-    elif isinstance(lm, (str, PathLike)):
-        model = Pretrained(str(lm)).build()
+    elif isinstance(lm, Pretrained):
+        model = lm.build(as_stored)
     elif isinstance(lm, LMSpec):
         model = lm.build()
     else:
@@ -253,7 +274,8 @@ def build_model(lm: LMLike, train: Trainable | None = "all") -> PreTrainedModel:
             "reference freezes its model): model.requires_grad_(True) first, or another model."
         )
     check_in_memory(model)
-    refuse_16_bits(model)
+    if not (as_stored and isinstance(lm, Pretrained) and lm.becomes_float32):
+        refuse_16_bits(model)
     return model
 
 
@@ -269,6 +291,7 @@ def build_backbone(
     n_positions: int,
     gradient_checkpointing: bool = False,
     class_of: Callable[[PreTrainedModel], type[Backbone]] = backbone_class,
+    as_stored: bool = False,
 ) -> LanguageModel:
     """Build the `LanguageModel` of a policy or a reference.
 
@@ -279,6 +302,7 @@ def build_backbone(
         n_positions: The longest sequence that will be read, in tokens.
         gradient_checkpointing: Whether the backward pass computes the activations of each layer again.
         class_of: Returns the class that reads a model of transformers.
+        as_stored: See `Pretrained.build`.
 
     Raises:
         TypeError: As `build_model`.
@@ -286,7 +310,7 @@ def build_backbone(
     """
     if isinstance(lm, BackendSpec):
         return lm.build_backend(vocab_size, n_positions)
-    model = build_model(lm, train)
+    model = build_model(lm, train, as_stored)
     if gradient_checkpointing:
         checkpoint_layers(model)
     return class_of(model)(model, vocab_size, n_positions)
@@ -306,6 +330,15 @@ def refuse_shared(model: nn.Module, weights: Iterable[nn.Parameter], role: str) 
             "load it a second time, or leave it out (the reference is then the policy's start, the critic a head on "
             "the policy)."
         )
+
+
+def stored_type(folder: str | PathLike[str]) -> torch.dtype | None:
+    """Return the type of all weights in a folder's safetensors files; None if there are none or several types."""
+    types = set()
+    for path in sorted(Path(folder).glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            types |= {file.get_tensor(key).dtype for key in file.keys()}  # noqa: SIM118  (no mapping); maps, reads nothing
+    return types.pop() if len(types) == 1 else None
 
 
 def refuse_16_bits(model: PreTrainedModel) -> None:

@@ -25,10 +25,10 @@ from ..models.interface import BackendSpec
 from ..models.pretrained import LMLike, as_spec, backbone_class, build_backbone
 from ..models.sampling import Sampling, TokenDistribution
 from ..models.sequences import SequenceBatch
-from ..models.trainable import Trainable
+from ..models.trainable import LoRA, Trainable
 from .actor_critic import LMActorCritic, Step
 from .optimizers import learning_rate_scales, scaled_optimizer, usual_arguments
-from .pretrained_critic import begin_critic, build_critic
+from .pretrained_critic import PretrainedCritic, begin_critic, build_critic
 from .surrogates import SurrogateFunction, SurrogateLoss, check_loss
 from .tensor_notes import ALLOWED, READ_BY, TERMINAL, read_observations
 from .wrappers import calling_algorithm, check_observations, check_wrappers, is_rollouts_end, keep_spec
@@ -180,25 +180,25 @@ class LMPolicy(ActorCriticPolicy):
                 f"itself which weights are trained, got {train!r:.80} and {checkpointing}."
             )
         n_positions = self.observation_space.shape[0] - 1  # the separator is no token
+        here, shard, spec = world(), kwargs.pop("shard"), kwargs.pop("critic")
+        shard = None if here is None else shard or Sharded.asked_for()
+        # Adapters begin in the type of the base, and a pretrained critic compares the states of a probe.
+        as_stored = shard is not None and not isinstance(train, LoRA) and not isinstance(spec, PretrainedCritic)
         backbone = build_backbone(
-            lm, train, int(self.action_space.n), n_positions, checkpointing, class_of=self._backbone_class
+            lm, train, int(self.action_space.n), n_positions, checkpointing, self._backbone_class, as_stored
         )
-        shard: Sharded | None = kwargs.pop("shard")
-        spec = kwargs.pop("critic")
         critic = build_critic(spec, backbone, n_positions)
         sampling = Sampling(**{field.name: kwargs.pop(field.name) for field in fields(Sampling)})
         self.lm = LMActorCritic(backbone, critic, sampling, **kwargs)
         begin_critic(spec, self.lm, algorithm)
         # SB3 `base_class.set_random_seed` has seeded torch's generator: the same seed gives the same run.
         seed = int(torch.randint(2**31, ()))
-        here = world()
         self.shared = None if here is None else SharedGradient(self.lm)
         if here is not None:  # all processes start from the same weights, and each samples from its own seed
             broadcast_weights(self.lm)
             seed = from_main("a seed", seed) + 2 * here.rank  # 2: each process has two generators
-            shard = shard or Sharded.asked_for()
             if shard is not None:  # before the optimizer is built, which then keeps the state of the shards alone
-                self.lm.shards = Shards(self.lm, shard)
+                self.lm.shards = Shards(self.lm, shard, as_stored)
         # The terminal observations of a step, (K, L), and their values, (K, 1).
         self._terminal_values: tuple[np.ndarray, Tensor] | None = None
         self._next_tokens: NextTokens | None = None  # see `take_tokens_from`

@@ -75,7 +75,8 @@ def build_reference(lm: LMLike, policy: LMActorCritic, n_positions: int) -> LMAc
     # A model is built with fresh weights even if those of a checkpoint replace them at once. The fork keeps the
     # generators as they were, so that a resumed run draws the same numbers.
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-        backbone = build_backbone(lm, None, policy.backbone.vocab_size, n_positions)
+        is_sharded = policy.shards is not None
+        backbone = build_backbone(lm, None, policy.backbone.vocab_size, n_positions, as_stored=is_sharded)
     if backbone.is_encoder_decoder != policy.backbone.is_encoder_decoder:
         kinds = ("an encoder-decoder", "a causal model")
         expected, got = kinds if policy.backbone.is_encoder_decoder else kinds[::-1]
@@ -85,7 +86,7 @@ def build_reference(lm: LMLike, policy: LMActorCritic, n_positions: int) -> LMAc
     built = LMActorCritic(backbone, nn.Identity(), sampling, policy.autocast, cache=False)
     if policy.shards is not None:
         broadcast_weights(built)
-        built.requires_grad_(False).shards = Shards(built, policy.shards.spec)
+        built.requires_grad_(False).shards = Shards(built, policy.shards.spec, as_stored=True)
         return built.eval()
     return built.to(policy.backbone.device).requires_grad_(False).eval()
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..distributed.collectives import moments
+from ..distributed.sharding import local, sharded_alone
 from ..distributed.world import world
 from ..models.critic import ValueHead
 
@@ -129,9 +130,17 @@ def change_units(
     new_mean: Tensor | float,
     new_deviation: Tensor | float,
 ) -> None:
-    """Rescale a critic's last layer, so that outputs in new units mean the same values: van Hasselt et al., 2016."""
-    last_layer.weight.mul_(deviation / new_deviation)
-    last_layer.bias.mul_(deviation).add_(mean - new_mean).div_(new_deviation)
+    """Rescale a critic's last layer, so that outputs in new units mean the same values: van Hasselt et al., 2016.
+
+    If it is sharded, each process rescales its own shard; all processes must call it.
+    """
+    with sharded_alone(last_layer):
+        weight, bias = local(last_layer.weight), local(last_layer.bias)
+        old, new, shift = (  # an offloaded shard is on the host, and the statistics are not
+            torch.as_tensor(number, device=weight.device) for number in (deviation, new_deviation, mean - new_mean)
+        )
+        weight.mul_(old / new)
+        bias.mul_(old).add_(shift).div_(new)
 
 
 def scales_of(norm: ValueNorm | None, critic: nn.Module, returns: list[np.ndarray]) -> tuple[Scale, Scale]:

@@ -18,6 +18,7 @@ from textenv.lanes.rendering import picture, render_row
 from textenv.text.printable import printable
 from textenv.vector import unwrap_text_env
 
+from ..distributed.hangs import note_progress
 from ..distributed.world import world
 from ..policies.tensor_notes import TerminalObservation
 from .rollout_record import RolloutRecord
@@ -93,6 +94,7 @@ class TextVecEnv(VecEnv):
         The info of a finished episode has `terminal_observation` and `TimeLimit.truncated`, from which SB3
         `on_policy_algorithm.collect_rollouts` adds the value of a truncated episode's end to its reward.
         """
+        note_progress()
         step = self.lanes.n_steps
         result = self.lanes.step(self._actions)
         final = dict(result.final_observations)

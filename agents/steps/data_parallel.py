@@ -35,6 +35,8 @@ SUMMED = (
     *("groups/dropped", "groups/trained", "groups/extra_tokens"),
 )
 ROLLOUT_SECONDS = "time/rollout_seconds"
+WAITED_SECONDS = "time/waited_seconds"
+SLOWEST_RANK = "time/slowest_rank"
 
 
 class DataParallel(RolloutStep):
@@ -47,6 +49,8 @@ class DataParallel(RolloutStep):
 
     Rank 0 logs the means over the processes (counts of episodes and of prompts' tokens are added up).
     `time/rollout_seconds` is the time of the slowest process, and `time/rollout_seconds/rank_<r>` that of each.
+    `time/waited_seconds` is the longest that a process has waited for others since the last row, and
+    `time/slowest_rank` the rank of the process that waited least.
 
     Raises:
         ValueError: When attached, if the processes have different settings, or if the algorithm normalises advantages
@@ -118,6 +122,9 @@ class SharedLogger(Logger):
 
     def dump(self, step: int = 0) -> None:
         """Write the means over the processes; for values that are not numbers, write those of rank 0."""
+        here = world()
+        if here is not None and ROLLOUT_SECONDS in self.name_to_value:
+            self.record(WAITED_SECONDS, here.watch.take_waited())
         rows = gather("the log", (dict(self.name_to_value), dict(self.name_to_excluded)))
         merged = merge([values for values, _ in rows])
         # In reverse, so that rank 0's entries overwrite the others.
@@ -146,6 +153,8 @@ def merge(rows: list[dict[str, Any]]) -> dict[str, Any]:
         elif key == ROLLOUT_SECONDS:
             merged[key] = max(values)
             merged.update({f"{key}/rank_{rank}": row[key] for rank, row in enumerate(rows) if key in row})
+        elif key == WAITED_SECONDS:
+            merged.update({key: max(values), SLOWEST_RANK: int(np.argmin(values))})
         elif all(value == values[0] for value in values) and key not in SUMMED:
             merged[key] = values[0]  # a whole number stays whole, where a mean would make it a float
         else:

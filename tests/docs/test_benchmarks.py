@@ -145,28 +145,6 @@ def test_all_scripts_run(tmp_path):
     assert sum(row["target"] == "drawn in growth.png" for row in rows) == 3
 
 
-def test_scale_on_paper_by_hand(work):
-    """7 B parameters on 8 GPUs: 20 bytes each, a ring that sends 7/8 of the gradient twice, 26 operations a token.
-
-    Shards hold an eighth of that and two copies in 16 bits; they send 7/8 of the weights in 16 bits twice, and of the
-    gradient once.
-    """
-    from scale_on_paper import Plan, choose, table
-
-    plan = Plan(7, 8, lora=False)
-    assert plan.memory == 140e9 and plan.traffic == 2 * 7 / 8 * 28e9
-    assert plan.update_seconds == pytest.approx(26 * 7e9 * 64 * 512 / 395.6e12)
-    assert plan.rollout_seconds == pytest.approx(512 * 32 * 0.6e-3)
-    assert Plan(7, 8, lora=True).memory == pytest.approx(14.56e9)
-    sharded = choose(7, 8, lora=False)
-    assert sharded.way == "sharded" and sharded.memory == 140e9 / 8 + 2 * 14e9
-    assert sharded.traffic == 7 / 8 * (2 * 14e9 + 28e9) and sharded.rollout_traffic == 7 / 8 * 2 * 14e9
-    lock_step = Plan(70, 8, lora=True, way="lock-step")
-    assert lock_step.rollout_traffic == 512 * 7 / 8 * 140e9
-    assert lock_step.memory == pytest.approx((140e9 + 16 * 0.005 * 70e9) / 8 + 2 / 80 * 140e9)
-    assert table() in (ROOT / "docs" / "scaling.md").read_text()
-
-
 @pytest.mark.long
 def test_scale_runs(tmp_path):
     rows, _ = run_script(tmp_path, "scale", "--smoke", "--processes", "2", "--iterations=1")

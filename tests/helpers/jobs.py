@@ -81,7 +81,7 @@ def choose_by_row():
     chosen, act = [], LMActorCritic.act
 
     def scripted_act(self, observations, *args, **kwargs):
-        weights = torch.arange(observations.shape[1]) + 3
+        weights = torch.arange(observations.shape[1], device=observations.device) + 3
         # tokens 1 to 31 of 33: token 0 ends the text
         chosen[:] = [(observations.clamp(min=0) * weights).sum(dim=1) % 31 + 1]
         return act(self, observations, *args, **kwargs)
@@ -148,7 +148,7 @@ def weights_of(model):
     """Return all weights, gathered from their shards. A collective operation: every process must call it."""
     with released(model.policy.lm):
         weights = {name: gathered(weight.detach()) for name, weight in model.policy.named_parameters()}
-    return {name: weight.numpy().copy() for name, weight in weights.items()}
+    return {name: weight.cpu().numpy().copy() for name, weight in weights.items()}
 
 
 def gathered(weight):
@@ -208,7 +208,7 @@ def sharded_updates(shards, names=("plain",)):
     results = {}
     for name in names:
         for way, shard in shards.items():
-            kwargs = {"plain": {}, **options()}[name]
+            kwargs = {"plain": {}, "popart": {"policy_kwargs": {"value_norm": "popart"}}, **options()}[name]
             policy_kwargs = {"value_norm": "norm", **kwargs.get("policy_kwargs", {}), "shard": shard}
             results[name, way] = scripted_updates(1, **{**kwargs, "policy_kwargs": policy_kwargs})
     return results

@@ -3,14 +3,16 @@
 import os
 import signal
 import time
+from contextlib import nullcontext
 
 import torch
 from sb3_contrib import TRPO
 from stable_baselines3 import PPO
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.logger import Logger
 
 from agents import (
     Checkpoints,
-    CriticWarmup,
     DataParallel,
     LMPolicy,
     SequenceRolloutBuffer,
@@ -21,12 +23,13 @@ from agents import (
 )
 from agents.distributed import collectives, world
 from agents.doctor.examine import check
-from tests.helpers.jobs import N_LANES, PROMPTS, rank_and_size, shared_agent, uneven, weights_of
+from tests.helpers.jobs import N_LANES, PROMPTS, Rows, rank_and_size, shared_agent, uneven, weights_of
 from tests.helpers.seq2seq import tiny_seq2seq
 from tests.helpers.training import tiny_agent, tiny_config, tiny_env
+from textenv.rewards import waiting_for_people
 
 # Policies that cannot be sharded, by the name of the case.
-UNSHARDED = {"NLPO": {"top_p": 0.9, "top_p_lag": 2}, "popart": {"value_norm": "popart"}}
+UNSHARDED = {"NLPO": {"top_p": 0.9, "top_p_lag": 2}}
 
 
 def refused(case):
@@ -55,8 +58,6 @@ def refused(case):
         return tiny_agent(env, policy_kwargs={"shard": Sharded(), **UNSHARDED[case]})
     if case == "gathered encoder-decoder":
         return tiny_agent(env, lm=tiny_seq2seq(vocab_size=33), policy_kwargs={"shard": Sharded(gather=False)})
-    if case == "warm-up":
-        return tiny_agent(env, policy_kwargs={"shard": Sharded()}).learn(16, callback=CriticWarmup(1))
     if case == "doctor":
         return check(tiny_agent(env, policy_kwargs={"shard": Sharded()}))
     if case == "save":
@@ -143,3 +144,63 @@ def killed(where, folder, n_iterations=4, shard=None):
     total = n_iterations * N_LANES * model.n_steps
     model.learn(total - done, callback=Checkpoints(folder, every=1, keep=9), reset_num_timesteps=done == 0)
     return weights_of(model), model.num_timesteps, done
+
+
+class Sleeper(BaseCallback):
+    """A part of training that sleeps, or stops the whole process, at its first call of the third rollout in rank 1.
+
+    From the second rollout on, when all processes are at the same point, the watch has a short timeout.
+    """
+
+    def __init__(self, seconds, timeout, waits_for_people=False):
+        super().__init__()
+        self.seconds, self.timeout, self.waits_for_people = seconds, timeout, waits_for_people
+        self.n_rollouts, self.start = 0, None
+
+    def _on_step(self):
+        return True
+
+    def _on_rollout_start(self):
+        self.n_rollouts += 1
+        if self.n_rollouts == 2:
+            world.world().watch.timeout = self.timeout
+
+    def __call__(self, *args):
+        if self.n_rollouts == 3 and self.start is None and rank_and_size()[0] == 1:
+            self.start = time.monotonic()
+            if self.seconds is None:
+                os.kill(os.getpid(), signal.SIGSTOP)
+            with waiting_for_people() if self.waits_for_people else nullcontext():
+                time.sleep(self.seconds)
+
+
+def hangs(where, seconds, timeout, shard=None):
+    """Train; rank 1 sleeps in a reward, a forward of the rollout, or a forward or an optimizer step of the update.
+
+    Returns:
+        The rows of the log or the error; when it ended, and when it fell asleep, by the clock of all processes.
+    """
+    collectives.ANSWER_SECONDS = 1.0
+    nap = Sleeper(seconds, timeout, waits_for_people=where == "people")
+    reward = uneven
+    if where in ("reward", "people"):
+        reward = lambda *args: nap() or 0.0  # noqa: E731
+    model = tiny_agent(tiny_env(reward, PROMPTS, score_at="done"), n_envs=4, policy_kwargs={"shard": shard})
+    if where == "optimizer":
+        model.policy.optimizer.register_step_pre_hook(nap)
+    if where in ("rollout", "forward"):
+        lm, name = model.policy.lm, {"rollout": "act", "forward": "evaluate_chunk"}[where]
+        method = getattr(lm, name)
+        setattr(lm, name, lambda *args, **kwargs: (nap(), method(*args, **kwargs))[1])
+    if where == "collective" and rank_and_size()[0] == 1:
+        return collectives.gather("one", 1), torch.distributed.barrier()
+    if where == "collective":
+        return collectives.gather("one", 0), collectives.gather("two", 0)
+    rows = Rows()
+    model.set_logger(Logger(None, [rows]))
+    result = rows.rows
+    try:
+        model.learn(3 * 16, callback=nap)
+    except Exception as error:
+        result = error
+    return result, time.monotonic(), nap.start

@@ -5,9 +5,10 @@ import pytest
 import torch
 from transformers import GPT2LMHeadModel
 
-from agents import KLPenalty, Pretrained, generate, load_checkpoint, save_checkpoint
+from agents import KLPenalty, Pretrained, Sharded, generate, load_checkpoint, save_checkpoint
 from agents.callbacks.finite_updates import FiniteUpdates
 from tests.helpers.models import CheckRatio
+from tests.helpers.processes import train
 from tests.helpers.training import TOKENIZER, tiny_agent, tiny_config
 
 pytestmark = [
@@ -60,3 +61,13 @@ def test_a_map_over_two_devices_trains_as_one(tmp_path):
         model.learn(64, callback=FiniteUpdates())
         weights.append([weight.detach().cpu() for weight in model.policy.parameters()])
     assert all(torch.allclose(single, spread, atol=1e-4) for single, spread in zip(*weights, strict=True))
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_two_devices_make_the_update_of_one_by_nccl():
+    """Copies, shards that are gathered, in lock-step and offloaded, against one device."""
+    weights, figures, _ = train(1, "updates_on_devices", None, timeout=120)[0]
+    for shard in (None, Sharded(), Sharded(gather=False), Sharded(offload=True)):
+        for theirs, their_figures, backend in train(2, "updates_on_devices", shard, timeout=120):
+            assert backend == "nccl" and their_figures == pytest.approx(figures, rel=1e-3), shard
+            assert max(np.abs(theirs[name] - weights[name]).max() for name in weights) < 1e-5, shard

@@ -6,6 +6,7 @@ The rewards that need torch are not imported here: `textenv.rewards.classifier`,
 
 from textenv.episodes.failure_policy import RowError
 from textenv.episodes.scores import DROPPED
+from textenv.episodes.waiting import waiting_for_people
 from textenv.rewards.asynchronous import AsyncFunction, AsyncReward
 from textenv.rewards.base import BatchReward, RowReward, score_rows
 from textenv.rewards.chinese import SnowNLP
@@ -53,4 +54,5 @@ __all__ = [
     "read_reward",
     "register_reward",
     "score_rows",
+    "waiting_for_people",
 ]

@@ -14,6 +14,7 @@ from typing import Any, Protocol, runtime_checkable
 from textenv.checks.trust import check_written
 from textenv.episodes.completion import Preds
 from textenv.episodes.scores import DROPPED, Score
+from textenv.episodes.waiting import waiting_for_people
 from textenv.feedback.asked import StandingAnswers, questions_of
 from textenv.feedback.records import Answer, Kind, check_scale
 from textenv.feedback.store import FeedbackStore
@@ -147,7 +148,8 @@ class HumanReward(BatchReward):
         texts = [(prompt, completion.text) for prompt, completion in zip(prompts, preds, strict=True)]
         if self._learner is None:
             asked = [self._ask(prompt, [text]) for prompt, text in texts]
-            return _means(asked, self._wait(asked))
+            with waiting_for_people():
+                return _means(asked, self._wait(asked))
         answers = standing.update()
         if not self._n_learned or len(answers) - self._n_learned >= self.every:
             self._learner.fit(answers)

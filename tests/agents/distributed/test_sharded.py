@@ -32,7 +32,7 @@ OFTEN = [
     "encoder-decoder",
 ]
 LOCK_STEP = ["SeparateCritic", "micro_batch_tokens", "late"]  # options that are tried in lock-step as well
-NEVER = ["warmup"]  # sharded policies refuse it
+IN_EVERY_WAY = ["popart", "warmup"]  # options that touch shards between updates, or their gradients
 
 
 def largest_difference(first, second):
@@ -54,7 +54,7 @@ def test_the_update_is_that_of_one_process_and_of_whole_weights(size, ways):
     check_same(alone, train(size, "sharded_updates", ways))
 
 
-@pytest.mark.parametrize("names", seldom([OFTEN, [name for name in options() if name not in NEVER + OFTEN]]))
+@pytest.mark.parametrize("names", seldom([OFTEN, [name for name in options() if name not in IN_EVERY_WAY + OFTEN]]))
 def test_the_update_is_the_same_with_every_option(names):
     alone = train(1, "sharded_updates", {"whole": None}, names, timeout=120)[0]
     results = train(2, "sharded_updates", {"gathered": Sharded()}, names, timeout=240)
@@ -65,6 +65,15 @@ def test_the_update_is_the_same_with_every_option(names):
         check_same(alone, [{key: value for key, value in result.items() if key not in in_16_bits}])
     lock_step = [name for name in names if name in LOCK_STEP]
     check_same(alone, train(2, "sharded_updates", {"lock-step": Sharded(gather=False)}, lock_step, timeout=120))
+
+
+@pytest.mark.parametrize("way", seldom(list(WAYS)))
+def test_popart_and_a_warm_up_work_on_shards(way):
+    alone = train(1, "sharded_updates", {"whole": None}, IN_EVERY_WAY)[0]
+    check_same(alone, train(2, "sharded_updates", {way: WAYS[way]}, IN_EVERY_WAY, timeout=120))
+    plain = train(1, "sharded_updates", {"whole": None})[0]["plain", "whole"][0]
+    for name in IN_EVERY_WAY:
+        assert largest_difference(alone[name, "whole"][0], plain) > 10 * SAME, "a control: the option has an effect"
 
 
 @pytest.mark.slow
@@ -188,9 +197,7 @@ def test_what_accelerate_asks_for_is_done_and_one_process_has_none_of_it(tmp_pat
 
 REFUSED = {
     "NLPO": (ValueError, "can be sharded, got top_p_lag"),
-    "popart": (ValueError, "use 'norm'"),
     "gathered encoder-decoder": (ValueError, "use gather=True"),
-    "warm-up": (ValueError, "sharded ones: `fully_shard` fixes once"),
     "doctor": (ValueError, "examine it in one process"),
     "save": (RuntimeError, "use save_checkpoint and load_checkpoint"),
     "shard": (ValueError, r"got others in rank [01]: \['shard'\]"),

@@ -40,6 +40,10 @@ class CommandError(Exception):
         self.code = int(code)
 
 
+class CommonError(CommandError):
+    """An error that all processes of a job have in common, whose line names none of them."""
+
+
 class NumericsError(CommandError):
     """Weights or updates are no longer finite."""
 

@@ -15,11 +15,12 @@ from ..evaluation.prompt_scores import SCORES_FILE, PromptScores, scores_in
 from ..evaluation.seeds import SeedTable
 from ..signals import write_line
 from .assemble import task_name
+from .changed_keys import changed_keys
 from .folder import RunFolder, read_rows
 from .loggers import named
 from .plan import Plan
 from .reporting import Reporter
-from .train import changed_keys, make_screen, resume, start
+from .train import make_screen, resume, start
 
 # The errors that another seed may not meet; after any other, such as a full disk, no further seed is started.
 OF_ONE_SEED = (Exit.FAILED, Exit.NUMERICS, Exit.REWARD)

@@ -12,7 +12,7 @@ from typing import Any
 
 from jsonargparse import ArgumentParser
 
-from ..configuration.config import RunOptions, TrainConfig, TrainOptions, TrustOptions
+from ..configuration.config import ProcessOptions, RunOptions, TrainConfig, TrainOptions, TrustOptions
 from ..configuration.search import TuneConfig
 from ..configuration.stage_folders import check_folders
 from ..errors import CommandError, Exit
@@ -37,6 +37,7 @@ from .options import (
     RateOptions,
     RewardModelConfig,
     SFTConfig,
+    SharedStageOptions,
     ShowOptions,
     StageOptions,
 )
@@ -267,18 +268,23 @@ VERBS = {
         "fine-tune a model on texts, or on prompts and references",
         STAGE,
         SFTConfig,
-        StageOptions,
+        SharedStageOptions,
         "agents.cli.stages:tune_model",
         _read_stage,
     ),
     "classifier": Verb(
-        "train a classifier of texts", STAGE, ClassifierConfig, StageOptions, "agents.cli.stages:classify", _read_stage
+        "train a classifier of texts",
+        STAGE,
+        ClassifierConfig,
+        SharedStageOptions,
+        "agents.cli.stages:classify",
+        _read_stage,
     ),
     "reward-model": Verb(
         "train a model that scores texts",
         STAGE,
         RewardModelConfig,
-        StageOptions,
+        SharedStageOptions,
         "agents.cli.stages:train_scorer",
         _read_stage,
     ),
@@ -294,7 +300,7 @@ VERBS = {
         "compare a run's model before and after training, with intervals",
         "RUN [--metrics '[NAME, ...]'] [--key value ...]",
         EvaluateOptions,
-        TrustOptions,
+        ProcessOptions,
         "agents.cli.trained_model:evaluate_run",
         _read_run,
     ),
@@ -302,7 +308,7 @@ VERBS = {
         "write texts that continue prompts, as lines of JSON",
         "RUN|MODEL [--prompts FILE] [--key value ...]",
         GenerateOptions,
-        TrustOptions,
+        ProcessOptions,
         "agents.cli.trained_model:generate_lines",
         _read_model,
     ),

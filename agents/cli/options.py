@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from ..configuration.config import ModelConfig, Named, TrainConfig, TrustOptions
+from ..configuration.config import ModelConfig, Named, ProcessOptions, TrainConfig, TrustOptions
 
 RATED_TOKENS = 32  # the most tokens of a text to rate from a model that is not a run: people must read all of it
 
@@ -17,8 +17,7 @@ class EvaluateOptions:
     Args:
         run: The folder of the run.
         metrics: Metrics in addition to the run's own, by name or {id: NAME, args: {...}}.
-        judge: A reward that the run was not trained on, by name or {id: NAME, args: {...}}; by default the run's own
-            judge, if it has one.
+        judge: A reward that the run was not trained on, by name or {id: NAME, args: {...}}; by default the run's judge.
         n_prompts: The number of prompts.
         n: The number of texts per prompt.
         seed: The seed of the sampling.
@@ -175,7 +174,7 @@ class CompareOptions:
 
 @dataclass
 class StageOptions(TrustOptions):
-    """Options of `textenv sft`, `classifier`, `reward-model` and `critic`: only the command line has them.
+    """Options of the verbs that train a stage before PPO: only the command line has them.
 
     Args:
         resume: Continue an interrupted training; repeat its other arguments.
@@ -186,6 +185,11 @@ class StageOptions(TrustOptions):
     resume: bool = False
     overwrite: bool = False
     quiet: bool = False
+
+
+@dataclass
+class SharedStageOptions(StageOptions, ProcessOptions):
+    """Options of `textenv sft`, `classifier` and `reward-model`, which several processes can run together."""
 
 
 @dataclass

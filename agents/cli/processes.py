@@ -24,7 +24,7 @@ from ..signals import write_line
 from .ending import HANDLED
 
 # The verbs that several processes can run together; of any other, why not, and what to do instead.
-TOGETHER = ("train",)
+TOGETHER = ("train", "sft", "classifier", "reward-model", "evaluate", "generate")
 APART = {"tune": "start the same command several times, and the processes share one search"}
 
 

@@ -12,6 +12,7 @@ from transformers.utils import logging as transformers_logging
 from textenv.text.named_tokenizer import DEMO
 from textenv.text.tokenizer import Tokenizer
 
+from ..distributed.world import is_main_process
 from ..errors import CommandError, Exit
 from ..models.pretrained import PretrainedRewardModel
 from ..runs.assemble import load_lm, load_tokenizer, trust_of
@@ -183,7 +184,7 @@ def _training(config: StageConfig, options: StageOptions) -> dict[str, Any]:
         **{name: getattr(config, name) for name in names},
         "resume": options.resume,
         "overwrite": options.overwrite,
-        "progress_bar": not options.quiet,
+        "progress_bar": not options.quiet and is_main_process(),
     }
 
 

@@ -26,6 +26,8 @@ from textenv.rewards.reward_stats import RewardStats
 from textenv.rewards.text_reader import ReadAs, Scored, TextReader, longest
 
 from ..checkpoints.output_folders import check_output, output_folder
+from ..checkpoints.shard_files import replaced_together
+from ..distributed.collectives import once
 from ..models.backbone import check_fits
 from ..models.critic import check_causal, score_head
 from ..models.layers import disable_dropout, fuse_activations, keep_first_layers, trunk_of
@@ -35,6 +37,7 @@ from .accuracy import RewardFigures, figures
 from .preferences import Labelled, Ranking
 from .ranking_data import Example, check_data, common_closing, encode_all
 from .resumable import ResumableFit, origin, prepare, remove_states, work_folder
+from .shared_loss import shared_loss
 
 Loss: TypeAlias = Literal["last", "tokens"]
 DEFAULT_MAX_TOKENS = 1024  # for models without a limit of positions (BLOOM's ALiBi)
@@ -150,7 +153,7 @@ def train_reward_model(
     losses = fit(
         model,
         batches,
-        lambda indices: _loss(model, [examples[i] for i in indices], loss, centring),
+        shared_loss(model, lambda indices: _loss(model, [examples[i] for i in indices], loss, centring)),
         n_steps,
         learning_rate,
         description="reward model",
@@ -160,13 +163,11 @@ def train_reward_model(
     scores = _scores(model, [ids for example in examples for ids in example.ids], batch_size)
     replace(read_as, closing=common_closing(tokenizer, examples)).store(model.config)
     stats = RewardStats(float(scores.mean()), max(float(scores.std()), 1e-6))  # equal scores: nothing to divide by
-    with output_folder(folder, "reward model", overwrite) as beside:
-        model.save_pretrained(beside)
-        saved = copy.deepcopy(tokenizer)
-        saved.model_max_length = limit  # a reward cuts texts where the training did
-        saved.save_pretrained(beside)
-        stats.save(beside)
-    remove_states(work)
+    saved = copy.deepcopy(tokenizer)
+    saved.model_max_length = limit  # a reward cuts texts where the training did
+    with replaced_together(output_folder(folder, "reward model", overwrite)) as beside:
+        once(lambda: _save(model, saved, stats, beside))
+    once(lambda: remove_states(work))
     measured = _measure(model, tests, loss, centring, batch_size) if tests else None
     return RewardTraining(Path(folder), losses.cpu().numpy(), stats, measured)
 
@@ -233,6 +234,12 @@ def score_texts(
     scores = _scores(model, ids, batch_size)
     model.train(was_training)
     return scores
+
+
+def _save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, stats: RewardStats, folder: Path) -> None:
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    stats.save(folder)
 
 
 def read_scores(model: PreTrainedModel, ids: Tensor, is_real: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from types import FrameType
 
+import torch
 import torch.distributed as dist
 
 from ..distributed.failures import FAILURE, Failure, publish
@@ -25,7 +26,7 @@ LOOPBACK_DEVICE = "lo0" if sys.platform == "darwin" else "lo"
 PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 POLL_SECONDS = 0.1
 GRACE_SECONDS = 30.0  # how long the others have to end once a process has failed, as in torchrun
-STARTS = [sys.executable, "-m", "agents.cli"]
+STARTS = [sys.executable, "-m", "textenv_command"]  # which refuses another package of the name `agents`
 
 
 def launch(words: Sequence[str]) -> int:
@@ -78,7 +79,7 @@ def _environment(rank: int, n: int, port: int) -> dict[str, str]:
     if "GLOO_SOCKET_IFNAME" not in os.environ:  # gloo would listen on the address of the machine's name
         variables["GLOO_SOCKET_IFNAME"] = LOOPBACK_DEVICE
     if n > 1 and "OMP_NUM_THREADS" not in os.environ:  # torchrun sets 1; all processes together use all cores
-        variables["OMP_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // n))
+        variables["OMP_NUM_THREADS"] = str(max(1, torch.get_num_threads() // n))
     return variables
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+import sys
 import traceback
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, redirect_stderr, redirect_stdout
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -47,22 +48,37 @@ def take_part(verb: str, read: Callable[[], tuple[Any, ...]], do: Callable[..., 
     if verb not in TOGETHER:
         cure = APART.get(verb, "start it without torchrun and accelerate launch, and without --processes")
         raise CommonError(f"Expected one process for textenv {verb}, got {here.size}: {cure}.")
-    with ExitStack() as stack:
-        if here.rank > 0:
-            nowhere = stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
-            stack.enter_context(redirect_stdout(nowhere))
-            stack.enter_context(redirect_stderr(nowhere))
-        try:
+    try:
+        with nullcontext() if here.rank == 0 else _silence():
             return do(*_agreed(here, read))
-        except (CommandError, *HANDLED) as error:
-            if (lost := consequence(error)) is not None:
-                raise lost from error
-            raise
-        except Exception as error:
-            if (lost := consequence(error)) is not None:
-                raise lost from error
-            write_line(traceback.format_exc())
-            raise as_command_error(error, Path.cwd()) from error
+    except (CommandError, *HANDLED) as error:
+        if (lost := consequence(error)) is not None:
+            raise lost from error
+        raise
+    except Exception as error:
+        if (lost := consequence(error)) is not None:
+            raise lost from error
+        write_line(traceback.format_exc())
+        raise as_command_error(error, Path.cwd()) from error
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    """Within, discard what this process prints, also from loggers that hold the streams, and from C++."""
+    numbers = 1, 2
+    kept = [os.dup(number) for number in numbers]
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    try:
+        for number in numbers:
+            os.dup2(nowhere, number)
+        yield
+    finally:
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        for number, own in zip(numbers, kept, strict=True):
+            os.dup2(own, number)
+            os.close(own)
+        os.close(nowhere)
 
 
 def _agreed(here: World, read: Callable[[], tuple[Any, ...]]) -> tuple[Any, ...]:

@@ -140,7 +140,7 @@ def test_a_stage_trains_as_one_process_does(verb, data):
     for size in (1, 2):
         folders[size] = data / f"{verb}_{size}"
         words = [data / word if str(word) in DATA else word for word in STAGES[verb]]
-        words = [verb, "--model", data / "small", "--out", folders[size], "--quiet", *words]
+        words = [verb, "--model", data / "small", "--out", folders[size], "--quiet", "--learning_rate", 1e-3, *words]
         results = launch(size, "run_command", words)
         assert [code for code, *_ in results] == [0] * size, results
         assert all(out == err == "" for _, out, err in results[1:])
@@ -148,7 +148,7 @@ def test_a_stage_trains_as_one_process_does(verb, data):
     one, two = (load_file(folders[size] / "model.safetensors") for size in (1, 2))
     assert largest_difference(one, two) < 10 * SAME, "AdamW divides small gradients by their own size"
     start = load_file(data / "small" / "model.safetensors")
-    assert max(abs(one[name] - start[name]).max() for name in one.keys() & start.keys()) > 100 * SAME
+    assert max(abs(one[name] - start[name]).max() for name in one.keys() & start.keys()) > 1000 * SAME
     assert printed[1].replace(str(folders[1]), str(folders[2])) == printed[2]
     assert not (data / f".{folders[2].name}.training").exists()
 

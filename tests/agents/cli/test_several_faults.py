@@ -16,7 +16,6 @@ from tests.agents.cli.several import child_of_launcher
 from tests.helpers.command import ROLLOUT, rows, settings, small_model
 from tests.helpers.processes import CONTEXT, free_port, launch
 
-pytestmark = pytest.mark.slow
 N_ROLLOUTS = 3
 TOKENS = [n * ROLLOUT for n in range(N_ROLLOUTS + 1)]  # of the rows of a whole run
 
@@ -120,7 +119,10 @@ CASES = {  # what is wrong, by name: the fault, the words, the exit code, and th
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+QUICK = ("no number", "another seed")  # the cases of the default suite
+
+
+@pytest.mark.parametrize("case", [pytest.param(case, marks=[pytest.mark.slow] * (case not in QUICK)) for case in CASES])
 def test_one_thing_is_wrong(case, home, monkeypatch, capfd):
     fault, words, expected, message = CASES[case]
     words = [word.replace("HOME", str(home)) for word in words]
@@ -138,6 +140,7 @@ def test_one_thing_is_wrong(case, home, monkeypatch, capfd):
         ]
 
 
+@pytest.mark.slow
 def test_a_folder_that_is_used_or_taken(home, monkeypatch, capfd):
     code, _, said, _ = run(home, monkeypatch, capfd, *train())
     assert code == 0, said
@@ -150,6 +153,7 @@ def test_a_folder_that_is_used_or_taken(home, monkeypatch, capfd):
     assert code == 2 and said.count("textenv:") == 1 and "rank 0: run is in use by" in said
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "expected"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_to_the_launcher_is_passed_on(number, expected, home, monkeypatch, capfd):
     """Once: the iteration is finished and saved. The run then goes on, in four processes, to its end."""
@@ -167,6 +171,7 @@ def test_a_signal_to_the_launcher_is_passed_on(number, expected, home, monkeypat
     assert code == 2 and "--change total_tokens" in said
 
 
+@pytest.mark.slow
 def test_ctrl_c_twice_ends_at_once(home, monkeypatch, capfd):
     def twice():
         for _ in range(2):
@@ -196,6 +201,7 @@ def after_rows(home, n, act):
     return thread
 
 
+@pytest.mark.slow
 def test_variables_of_a_launcher_that_is_not_there(home):
     """WORLD_SIZE is left over from something else, or another program has the port."""
     no_address = {"WORLD_SIZE": "2", "RANK": "0", "MASTER_PORT": str(free_port())}

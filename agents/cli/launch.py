@@ -96,6 +96,7 @@ class _Processes:
         self.store = None if store is None else store_of_attempt(store)
         before = {number: signal.signal(number, self._pass_on) for number in PASSED_ON}
         self.handlers = {number: handler for number, handler in before.items() if handler is not None}
+        self.is_named = False  # whether a process that was killed has been named
         self.asked = 0  # the last signal that was passed on
         # Sessions of their own: a terminal sends Ctrl-C to all processes of its session, and we pass it on, once.
         self.processes = [
@@ -138,8 +139,9 @@ class _Processes:
     def _name_killed(self, codes: Sequence[int | None]) -> None:
         """Name a process that a signal has killed, which could not say so itself, before the others miss it."""
         for rank, code in enumerate(codes):
-            if self.store is None or code is None or code >= 0:
+            if self.store is None or self.is_named or code is None or code >= 0:
                 continue
+            self.is_named = True
             name = signal.Signals(-code).name
             line = f"rank {rank} of {len(codes)} processes was ended by {name}; the last checkpoint is as it was"
             failure = Failure(rank, line, Exit.SIGNAL - code)

@@ -10,12 +10,12 @@ import time
 import torch
 from stable_baselines3 import PPO
 
+import agents.checkpoints.checkpoint
 import agents.cli.processes
 import agents.cli.stages
 import agents.cli.trained_model
 import agents.report.training
 import agents.runs.assemble
-import agents.runs.checkpoints
 import agents.runs.loggers
 from agents.cli import main as cli
 from tests.helpers.jobs import choose_by_row
@@ -138,13 +138,12 @@ def fail(error):
 
 
 def full_disk(rank):
-    """No checkpoint can be written."""
+    """No checkpoint can be written, which rank 0 does."""
 
-    def save_step(*args):
+    def write_manifest(*args):
         raise OSError(errno.ENOSPC, "No space left on device", "checkpoint")
 
-    if rank == 0:
-        agents.runs.checkpoints.save_step = save_step
+    agents.checkpoints.checkpoint.write_manifest = write_manifest
 
 
 FAULTS = {

@@ -3,14 +3,16 @@
 import json
 import math
 import re
+import subprocess
+import sys
 
 import pytest
 from safetensors.numpy import load_file
 
 from tests.agents.distributed.test_distributed import SAME, largest_difference
-from tests.helpers.command import ROLLOUT, rows, settings, small_model
+from tests.helpers.command import ROLLOUT, environment, rows, settings, small_model
 from tests.helpers.models import seldom
-from tests.helpers.processes import launch
+from tests.helpers.processes import free_port, launch
 from textenv import demo
 
 N_ROLLOUTS = 2
@@ -154,3 +156,39 @@ def test_a_stage_trains_as_one_process_does(verb, data):
 
 
 DATA = ("texts.txt", "labelled.jsonl", "pairs.jsonl")
+
+
+@pytest.mark.slow
+def test_seeds_are_trained_in_turn_each_as_alone(home):
+    seeds, alone = home / "seeds", home / "alone"
+    results = launch(2, "run_command", ["train", *settings(home / "small", seeds, 1), "--seeds", 0, 1], timeout=120)
+    assert [code for code, *_ in results] == [0, 0] and results[0][1].count("seeds.md") == 1, results
+    launch(2, "run_command", ["train", *settings(home / "small", alone, 1), "--seed", 1])
+    weights = [load_file(folder / "model" / "model.safetensors") for folder in (seeds / "seed_1", alone)]
+    assert largest_difference(*weights) == 0
+    assert (seeds / "seeds.md").is_file() and (seeds / "report.html").is_file()
+
+
+@pytest.mark.slow
+def test_the_launchers_start_real_processes(home):
+    """`--processes`, torchrun and accelerate give the same run."""
+    folders = []
+    for name, words in LAUNCHERS.items():
+        folders.append(home / name)
+        training = ["train", *settings(home / "small", folders[-1], 1)]
+        command = [sys.executable, "-m", *(word.replace("PORT", str(free_port())) for word in words), *training]
+        command += ["--processes=2"] if name == "processes" else []
+        done = subprocess.run(command, env=environment(), cwd=home, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+    assert rows(folders[0]) == rows(folders[1]) == rows(folders[2])
+
+
+PORTS = {"torchrun": "--master_port=PORT", "accelerate": "--main_process_port=PORT"}
+LAUNCHERS = {
+    "processes": ["agents.cli"],
+    "torchrun": ["torch.distributed.run", "--nproc_per_node=2", PORTS["torchrun"], "-m", "agents.cli"],
+    "accelerate": [
+        *("accelerate.commands.launch", "--multi_gpu", "--num_processes=2", "--num_machines=1", "--mixed_precision=no"),
+        *("--dynamo_backend=no", PORTS["accelerate"], "-m", "agents.cli"),
+    ],
+}

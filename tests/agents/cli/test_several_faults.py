@@ -4,6 +4,7 @@ import fcntl
 import os
 import re
 import signal
+import socket
 import threading
 import time
 from functools import partial
@@ -207,6 +208,10 @@ def test_variables_of_a_launcher_that_is_not_there(home):
     no_address = {"WORLD_SIZE": "2", "RANK": "0", "MASTER_PORT": str(free_port())}
     ((code, _, said),) = launch(1, "run_command", train(), environments={0: no_address})
     assert code == 2 and said.count("\n") == 1 and "Expected MASTER_ADDR, the host of rank 0" in said
-    taken = {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
-    ((code, _, said),) = launch(1, "run_command", train(), environments={0: taken})
-    assert code == 2 and said.count("\n") == 1 and "textenv: rank 0: Expected to open 127.0.0.1:1" in said
+    with socket.socket() as other:
+        other.bind(("", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        taken = {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        ((code, _, said),) = launch(1, "run_command", train(), environments={0: taken})
+    assert code == 2 and said.count("\n") == 1 and f"textenv: rank 0: Expected to open 127.0.0.1:{port}" in said

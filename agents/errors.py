@@ -7,6 +7,8 @@ from enum import IntEnum
 
 # The disk is full, the user's quota is used up, the file would exceed the size limit of the system or the process.
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# The errors that end a verb with a line and an exit code instead of a traceback: wrong input can cause any of them.
+HANDLED = (ValueError, TypeError, ImportError, OSError, ArithmeticError, MemoryError, RecursionError)
 
 
 def is_full(error: BaseException | None) -> bool:

@@ -10,8 +10,6 @@ from pathlib import Path
 
 from ..errors import CommandError, CommonError, Exit, StageStopped
 
-# The errors that end a verb with a line and an exit code instead of a traceback: wrong input can cause any of them.
-HANDLED = (ValueError, TypeError, ImportError, OSError, ArithmeticError, MemoryError, RecursionError)
 SEVERAL = "WORLD_SIZE"  # the environment variable by which launchers announce several processes
 
 

@@ -15,10 +15,10 @@ from jsonargparse import ArgumentParser
 from ..configuration.config import ProcessOptions, RunOptions, TrainConfig, TrainOptions, TrustOptions
 from ..configuration.search import TuneConfig
 from ..configuration.stage_folders import check_folders
-from ..errors import CommandError, Exit
+from ..errors import HANDLED, CommandError, Exit
 from ..runs.plan import Plan
 from .arguments import check_file, make_parser, parse, parse_options, set_defaults, split, with_config
-from .ending import HANDLED, asks_for_processes, end_by_error, end_by_interrupt, is_one_of_several, refuse
+from .ending import asks_for_processes, end_by_error, end_by_interrupt, is_one_of_several, refuse
 from .help_groups import overview
 from .named_models import check_model, refuse_zip, with_source
 from .options import (

@@ -16,13 +16,12 @@ from textenv import __version__
 from ..distributed.collectives import gather
 from ..distributed.failures import Failure, consequence, fail_first, said
 from ..distributed.world import World, joined, world
-from ..errors import CommandError, CommonError, Exit
+from ..errors import HANDLED, CommandError, CommonError, Exit
 from ..runs.changed_keys import differences
 from ..runs.exit_codes import as_command_error
 from ..runs.folder import versions
 from ..runs.plan import Plan
 from ..signals import write_line
-from .ending import HANDLED
 
 # The verbs that several processes can run together; of any other, why not, and what to do instead.
 TOGETHER = ("train", "sft", "classifier", "reward-model", "evaluate", "generate")

@@ -116,7 +116,7 @@ CASES = {  # what is wrong, by name: the fault, the words, the exit code, and th
         "by the 2 processes, got 1",
     ),
     "a verb for one": (None, ["tune", "x.yml"], 2, "Expected one process for textenv tune, got 2: start the same"),
-    "no number": (None, ["train", "--processes=two"], 2, "Expected --processes to be a number of 1 or more, got 'two'"),
+    "no number": (None, ["train"], 2, "Expected --processes to be a number of 1 or more, got 'two'"),
 }
 
 
@@ -127,7 +127,8 @@ QUICK = ("no number", "another seed")  # the cases of the default suite
 def test_one_thing_is_wrong(case, home, monkeypatch, capfd):
     fault, words, expected, message = CASES[case]
     words = [word.replace("HOME", str(home)) for word in words]
-    code, _, said, seconds = run(home, monkeypatch, capfd, *words, fault=fault)
+    size = "two" if case == "no number" else 2
+    code, _, said, seconds = run(home, monkeypatch, capfd, *words, fault=fault, size=size)
     assert code == expected and seconds < 60, said
     lines = [line for line in said.splitlines() if line.startswith("textenv:")]
     assert len(lines) == 1 and re.search(message, lines[0]), said

@@ -185,7 +185,7 @@ def test_ctrl_c_twice_ends_at_once(home, monkeypatch, capfd):
     timer.join()
     assert code == 130 and seconds < 60
     # The first Ctrl-C may have ended the run already, if an iteration took less than the pause between the two.
-    assert said.count("stopped at once; continue with") + said.count("textenv: stopped after") == 1, said
+    assert said.count("stopped at once; ") + said.count("textenv: stopped after") == 1, said
 
 
 def after_rows(home, n, act):

@@ -134,7 +134,7 @@ def train_classifier(
     from .hf_trainer import random_state_kept, train, training_arguments
 
     work = work_folder(folder)
-    arguments = training_arguments(work, n_epochs, batch_size, learning_rate, seed, progress_bar)
+    arguments = training_arguments(work, n_epochs, batch_size, learning_rate, seed, progress_bar, False)
     with random_state_kept():
         torch.manual_seed(seed)
         model = _build(lm, names)

@@ -18,7 +18,13 @@ from .resumable import States, first_request, stop_requests
 
 
 def training_arguments(
-    work: Path, n_epochs: float, batch_size: int, learning_rate: float, seed: int, progress_bar: bool
+    work: Path,
+    n_epochs: float,
+    batch_size: int,
+    learning_rate: float,
+    seed: int,
+    progress_bar: bool,
+    is_mean_of_tokens: bool,
 ) -> TrainingArguments:
     """Return the arguments of the `Trainer`; it reports to no tracker.
 
@@ -29,6 +35,8 @@ def training_arguments(
         learning_rate: The peak of a cosine schedule that warms up over the first tenth.
         seed: The seed of dropout and the order of the data.
         progress_bar: Whether to show a progress bar.
+        is_mean_of_tokens: Whether the loss is a mean over the labelled tokens of a minibatch, of which each process may
+            have another number, and not over its rows.
 
     Raises:
         ValueError: If the number of processes does not divide the number of rows.
@@ -37,7 +45,8 @@ def training_arguments(
     size = 1 if here is None else here.size
     if batch_size % size != 0:
         raise ValueError(f"Expected batch_size to divide by the {size} processes, got {batch_size}.")
-    return TrainingArguments(
+    arguments = TrainingArguments(
+        use_cpu=here is not None and not torch.cuda.is_available(),  # else accelerate overlooks processes without GPUs
         output_dir=str(work),
         num_train_epochs=n_epochs,
         per_device_train_batch_size=batch_size // size,
@@ -50,9 +59,14 @@ def training_arguments(
         save_strategy="no",  # `_Saving` decides when to save, and `States` how many states are kept
         logging_steps=20,
         report_to="none",
+        # For the mean of tokens, the Trainer multiplies a loss by the number of processes, which a mean of rows ignores.
+        average_tokens_across_devices=is_mean_of_tokens,
         remove_unused_columns=False,  # our rows are not dicts, and our own collators read them
         dataloader_pin_memory=torch.cuda.is_available(),
     )
+    if arguments.world_size != size:  # each process would train alone
+        raise RuntimeError(f"Expected transformers' Trainer to see {size} processes, got {arguments.world_size}.")
+    return arguments
 
 
 @contextmanager

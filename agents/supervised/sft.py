@@ -137,7 +137,7 @@ def tune(
     from .hf_trainer import random_state_kept, train, training_arguments
 
     work = work_folder(folder)
-    arguments = training_arguments(work, n_epochs, batch_size, learning_rate, seed, progress_bar)
+    arguments = training_arguments(work, n_epochs, batch_size, learning_rate, seed, progress_bar, True)
     with random_state_kept():
         torch.manual_seed(seed)
         lm, tokenizer = _with_tokenizer(lm, tokenizer, data)

@@ -31,6 +31,8 @@ def run_command(words, is_scripted=False):
         words: The words after `textenv`.
         is_scripted: Whether each token depends on its row alone, so that any number of processes write the same texts.
     """
+    if "WORLD_SIZE" not in os.environ:
+        os.environ.pop("LOCAL_RANK", None)  # which no launcher sets for one process: accelerate would expect others
     if is_scripted:
         choose_by_row()
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:

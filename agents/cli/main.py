@@ -37,12 +37,11 @@ from .options import (
     RateOptions,
     RewardModelConfig,
     SFTConfig,
-    SharedStageOptions,
     ShowOptions,
-    StageOptions,
 )
 from .page_options import ReportOptions, ShowFlags, WatchOptions
 from .seeds import read_seeds
+from .stage_options import SharedStageOptions, StageOptions
 from .verb import Verb
 
 

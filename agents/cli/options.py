@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from ..configuration.config import ModelConfig, Named, ProcessOptions, TrainConfig, TrustOptions
+from ..configuration.config import ModelConfig, Named, TrainConfig, TrustOptions
 
 RATED_TOKENS = 32  # the most tokens of a text to rate from a model that is not a run: people must read all of it
 
@@ -173,26 +173,6 @@ class CompareOptions:
 
 
 @dataclass
-class StageOptions(TrustOptions):
-    """Options of the verbs that train a stage before PPO: only the command line has them.
-
-    Args:
-        resume: Continue an interrupted training; repeat its other arguments.
-        overwrite: Replace an earlier output of the same kind in --out.
-        quiet: Show no progress bar.
-    """
-
-    resume: bool = False
-    overwrite: bool = False
-    quiet: bool = False
-
-
-@dataclass
-class SharedStageOptions(StageOptions, ProcessOptions):
-    """Options of `textenv sft`, `classifier` and `reward-model`, which several processes can run together."""
-
-
-@dataclass
 class StageConfig:
     """The arguments that `sft`, `classifier` and `reward-model` share.
 
@@ -295,6 +275,9 @@ class RewardModelConfig(StageConfig):
             the other half can judge (`evaluation.judge`); null for all data.
         first_layers: The number of the model's lowest layers that the reward model has, to save time and memory; null
             for all.
+        train: Train all weights ("all"), or fit the score head alone to the model's last states ("head"), which reads
+            each text once, and for which a few hundred comparisons are enough; it leaves `n_epochs` and
+            `learning_rate` aside.
         loss: Compare the scores of two texts at their last tokens ("last"), or at all tokens from their first
             difference on ("tokens").
         centring: The weight of a penalty that keeps scores around zero; 0 for none.
@@ -308,6 +291,7 @@ class RewardModelConfig(StageConfig):
     from_feedback: str | None = None
     half: Literal["first", "second"] | None = None
     first_layers: int | None = None
+    train: Literal["all", "head"] = "all"
     loss: Literal["last", "tokens"] = "last"
     centring: float = 0.0
     n_epochs: float = 1.0

@@ -21,8 +21,9 @@ from ..supervised.classifier import LabelledTexts, train_classifier
 from ..supervised.reward_model import train_reward_model
 from ..supervised.sft import Tuned, tune
 from ..supervised.sft_data import Text, words_of
-from .options import ClassifierConfig, RewardModelConfig, SFTConfig, StageConfig, StageOptions
+from .options import ClassifierConfig, RewardModelConfig, SFTConfig, StageConfig
 from .stage_data import LABEL_NAMES, Label, read_labels, read_preferences, read_texts
+from .stage_options import StageOptions
 
 ENOUGH = 40  # examples of a reward model: the fewest for which examples/people.md has a measured accuracy
 MIN_COUNT = 2  # a character gets its own token from two occurrences on: a single one teaches nothing
@@ -164,11 +165,15 @@ def train_scorer(config: RewardModelConfig, options: StageOptions) -> int:
         _out(config),
         held_out=examples.held_out,
         first_layers=config.first_layers,
+        train=config.train,
         loss=config.loss,
         centring=config.centring,
         **_training(config, options),
     )
-    print(f"{len(trained.losses)} steps, loss {trained.losses[-1]:.3f} in the last")
+    if config.train == "head":
+        print(f"score head fitted, loss {trained.losses[-1]:.3f}")
+    else:
+        print(f"{len(trained.losses)} steps, loss {trained.losses[-1]:.3f} in the last")
     if trained.held_out is not None:
         result = trained.held_out
         interval = f"{result.accuracy:.3f} [{result.low:.3f}, {result.high:.3f}]"

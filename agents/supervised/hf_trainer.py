@@ -59,7 +59,7 @@ def training_arguments(
         save_strategy="no",  # `_Saving` decides when to save, and `States` how many states are kept
         logging_steps=20,
         report_to="none",
-        # For the mean of tokens, the Trainer multiplies a loss by the number of processes, which a mean of rows ignores.
+        # For a mean of tokens, the Trainer multiplies the loss by the number of processes: wrong for a mean of rows.
         average_tokens_across_devices=is_mean_of_tokens,
         remove_unused_columns=False,  # our rows are not dicts, and our own collators read them
         dataloader_pin_memory=torch.cuda.is_available(),

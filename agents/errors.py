@@ -7,6 +7,8 @@ from enum import IntEnum
 
 # The disk is full, the user's quota is used up, the file would exceed the size limit of the system or the process.
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# The errors that end a verb with a line and an exit code instead of a traceback: wrong input can cause any of them.
+HANDLED = (ValueError, TypeError, ImportError, OSError, ArithmeticError, MemoryError, RecursionError)
 
 
 def is_full(error: BaseException | None) -> bool:
@@ -38,6 +40,10 @@ class CommandError(Exception):
     def __init__(self, message: str, code: int = Exit.REFUSED) -> None:
         super().__init__(message)
         self.code = int(code)
+
+
+class CommonError(CommandError):
+    """An error that all processes of a job have in common, whose line names none of them."""
 
 
 class NumericsError(CommandError):

@@ -150,7 +150,8 @@ def _add_options(group: Any, options: type) -> None:
             parsing = field.metadata or {"action": "append", "metavar": "NAME"}
             group.add_argument(*both, default=[], help=texts[field.name], **parsing)
         else:
-            group.add_argument(flag, type=str, metavar=field.name.upper(), help=texts[field.name], **field.metadata)
+            kinds = {"type": str, "metavar": field.name.upper(), **field.metadata}
+            group.add_argument(flag, help=texts[field.name], **kinds)
 
 
 def _helps(config: type, prefix: str = "") -> dict[str, str]:

@@ -10,7 +10,8 @@ from ..runs.assemble import Parts, training_callbacks, trust_of
 from ..steps.critic_warmup import CriticWarmup
 from ..steps.step import RolloutStep
 from ..supervised.critic_fit import fit_critic
-from .options import CriticConfig, StageOptions
+from .options import CriticConfig
+from .stage_options import StageOptions
 
 
 def train_critic(config: CriticConfig, dumped: str, options: StageOptions) -> int:

@@ -6,19 +6,19 @@ import os
 import re
 import sys
 from collections.abc import Sequence
-from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from jsonargparse import ArgumentParser
 
-from ..configuration.config import RunOptions, TrainConfig, TrainOptions, TrustOptions
+from ..configuration.config import ProcessOptions, RunOptions, TrainConfig, TrainOptions, TrustOptions
 from ..configuration.search import TuneConfig
 from ..configuration.stage_folders import check_folders
-from ..errors import CommandError, Exit, StageStopped
+from ..errors import HANDLED, CommandError, Exit
 from ..runs.plan import Plan
 from .arguments import check_file, make_parser, parse, parse_options, set_defaults, split, with_config
+from .ending import asks_for_processes, end_by_error, end_by_interrupt, is_one_of_several, refuse
 from .help_groups import overview
 from .named_models import check_model, refuse_zip, with_source
 from .options import (
@@ -38,14 +38,11 @@ from .options import (
     RewardModelConfig,
     SFTConfig,
     ShowOptions,
-    StageOptions,
 )
 from .page_options import ReportOptions, ShowFlags, WatchOptions
 from .seeds import read_seeds
+from .stage_options import SharedStageOptions, StageOptions
 from .verb import Verb
-
-# The errors that end a verb with a line and an exit code instead of a traceback: wrong input can cause any of them.
-HANDLED = (ValueError, TypeError, ImportError, OSError, ArithmeticError, MemoryError, RecursionError)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -69,44 +66,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
             from textenv.checks.signatures import nearest  # which loads gymnasium
 
             raise CommandError(f"Expected a verb among {', '.join(VERBS)}, got {words[0]!r}{nearest(words[0], VERBS)}")
-        if (size := os.environ.get("WORLD_SIZE", "1")) != "1":
-            cure = "for several, write a script with make_agent."
-            raise CommandError(f"Expected one process, got WORLD_SIZE={size}: {cure}")
+        if asks_for_processes(words):
+            from .launch import launch  # which loads torch
+
+            return launch(words)
         return _run(words[0], words[1:])
     except CommandError as error:
-        return _refuse(error)
-    except KeyboardInterrupt as interrupt:  # a `StageStopped` has `args`, its message; Python's own has none
-        _say(f"textenv: interrupted{_what_is_saved(words[0], bool(interrupt.args))}")
-        return interrupt.code if isinstance(interrupt, StageStopped) else Exit.SIGNAL + 2  # SIGINT is signal 2
+        return refuse(error)
+    except KeyboardInterrupt as interrupt:
+        return end_by_interrupt(interrupt, words[0], STAGES)
     except HANDLED as error:
-        from ..runs.exit_codes import as_command_error
-
-        if isinstance(error, BrokenPipeError):  # `textenv ... | head`: the reader has closed the pipe
-            # Python flushes standard output when it ends, which would raise again: /dev/null takes it.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-            return Exit.DONE
-        return _refuse(as_command_error(error, Path.cwd()))
-
-
-def _what_is_saved(verb: str, has_state: bool) -> str:
-    """Return how to continue after Ctrl-C: it depends on the verb, and on whether a stage has just saved its state."""
-    if has_state:
-        return ": the same command with --resume continues"
-    if verb == "train":
-        return ": nothing was saved yet, the same command starts again"
-    return ": the same command starts again, with --resume from what was saved last" if verb in STAGES else ""
-
-
-def _refuse(error: CommandError) -> int:
-    from textenv.text.printable import printable  # which loads gymnasium
-
-    _say(f"textenv: {printable(str(error))}")
-    return error.code
-
-
-def _say(line: str) -> None:
-    with suppress(OSError):  # the terminal may be closed; the exit code remains
-        print(line, file=sys.stderr, flush=True)
+        return end_by_error(error)
 
 
 def train_config(words: list[str], verb: str = "train") -> tuple[TrainConfig, Any, str]:
@@ -153,9 +123,16 @@ def read_config(path: Path) -> TrainConfig:
 
 
 def _run(name: str, words: list[str]) -> int:
-    arguments = VERBS[name].read(name, words)
     module, _, function = VERBS[name].function.partition(":")
-    return int(getattr(import_module(module), function)(*arguments))
+
+    def do(*arguments: Any) -> int:
+        return int(getattr(import_module(module), function)(*arguments))
+
+    if is_one_of_several():
+        from .processes import take_part  # which loads torch
+
+        return take_part(name, lambda: VERBS[name].read(name, words), do)
+    return do(*VERBS[name].read(name, words))
 
 
 def _read(name: str, words: list[str], config: Any = None) -> tuple[Any, Any]:
@@ -290,18 +267,23 @@ VERBS = {
         "fine-tune a model on texts, or on prompts and references",
         STAGE,
         SFTConfig,
-        StageOptions,
+        SharedStageOptions,
         "agents.cli.stages:tune_model",
         _read_stage,
     ),
     "classifier": Verb(
-        "train a classifier of texts", STAGE, ClassifierConfig, StageOptions, "agents.cli.stages:classify", _read_stage
+        "train a classifier of texts",
+        STAGE,
+        ClassifierConfig,
+        SharedStageOptions,
+        "agents.cli.stages:classify",
+        _read_stage,
     ),
     "reward-model": Verb(
         "train a model that scores texts",
         STAGE,
         RewardModelConfig,
-        StageOptions,
+        SharedStageOptions,
         "agents.cli.stages:train_scorer",
         _read_stage,
     ),
@@ -317,7 +299,7 @@ VERBS = {
         "compare a run's model before and after training, with intervals",
         "RUN [--metrics '[NAME, ...]'] [--key value ...]",
         EvaluateOptions,
-        TrustOptions,
+        ProcessOptions,
         "agents.cli.trained_model:evaluate_run",
         _read_run,
     ),
@@ -325,7 +307,7 @@ VERBS = {
         "write texts that continue prompts, as lines of JSON",
         "RUN|MODEL [--prompts FILE] [--key value ...]",
         GenerateOptions,
-        TrustOptions,
+        ProcessOptions,
         "agents.cli.trained_model:generate_lines",
         _read_model,
     ),

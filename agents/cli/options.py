@@ -17,8 +17,7 @@ class EvaluateOptions:
     Args:
         run: The folder of the run.
         metrics: Metrics in addition to the run's own, by name or {id: NAME, args: {...}}.
-        judge: A reward that the run was not trained on, by name or {id: NAME, args: {...}}; by default the run's own
-            judge, if it has one.
+        judge: A reward that the run was not trained on, by name or {id: NAME, args: {...}}; by default the run's judge.
         n_prompts: The number of prompts.
         n: The number of texts per prompt.
         seed: The seed of the sampling.
@@ -171,21 +170,6 @@ class CompareOptions:
 
     runs: list[str]
     out: str = "compare.png"
-
-
-@dataclass
-class StageOptions(TrustOptions):
-    """Options of `textenv sft`, `classifier`, `reward-model` and `critic`: only the command line has them.
-
-    Args:
-        resume: Continue an interrupted training; repeat its other arguments.
-        overwrite: Replace an earlier output of the same kind in --out.
-        quiet: Show no progress bar.
-    """
-
-    resume: bool = False
-    overwrite: bool = False
-    quiet: bool = False
 
 
 @dataclass

@@ -12,6 +12,7 @@ from transformers.utils import logging as transformers_logging
 from textenv.text.named_tokenizer import DEMO
 from textenv.text.tokenizer import Tokenizer
 
+from ..distributed.world import is_main_process
 from ..errors import CommandError, Exit
 from ..models.pretrained import PretrainedRewardModel
 from ..runs.assemble import load_lm, load_tokenizer, trust_of
@@ -20,8 +21,9 @@ from ..supervised.classifier import LabelledTexts, train_classifier
 from ..supervised.reward_model import train_reward_model
 from ..supervised.sft import Tuned, tune
 from ..supervised.sft_data import Text, words_of
-from .options import ClassifierConfig, RewardModelConfig, SFTConfig, StageConfig, StageOptions
+from .options import ClassifierConfig, RewardModelConfig, SFTConfig, StageConfig
 from .stage_data import LABEL_NAMES, Label, read_labels, read_preferences, read_texts
+from .stage_options import StageOptions
 
 ENOUGH = 40  # examples of a reward model: the fewest for which examples/people.md has a measured accuracy
 MIN_COUNT = 2  # a character gets its own token from two occurrences on: a single one teaches nothing
@@ -187,7 +189,7 @@ def _training(config: StageConfig, options: StageOptions) -> dict[str, Any]:
         **{name: getattr(config, name) for name in names},
         "resume": options.resume,
         "overwrite": options.overwrite,
-        "progress_bar": not options.quiet,
+        "progress_bar": not options.quiet and is_main_process(),
     }
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Mapping, Sequence
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 from stable_baselines3.common.utils import get_device
@@ -29,12 +30,23 @@ from ..checkpoints.hf_export import check_repository, upload, write_model
 from ..checkpoints.output_folders import check_output, output_folder
 from ..checkpoints.saved_policy import load_policy
 from ..configuration.config import ModelConfig, TrainConfig, TrustOptions
+from ..distributed.world import is_main_process, world
 from ..doctor.examine import check
 from ..doctor.model_row import examine_config
 from ..errors import CommandError, Exit
 from ..evaluation.curves import draw_curves
 from ..evaluation.evaluation import evaluate
-from ..evaluation.generation import USUAL_TOKENS, fitting_length, generate, no_reward, shorter_texts
+from ..evaluation.generation import (
+    USUAL_TOKENS,
+    FinalStep,
+    Generation,
+    fitting_length,
+    generate,
+    no_reward,
+    run_episodes,
+    shorter_texts,
+)
+from ..evaluation.shared_episodes import SHARE, run_shares
 from ..files import write_text
 from ..policies.lm_policy import LMPolicy
 from ..runs.assemble import (
@@ -226,13 +238,26 @@ def evaluate_run(config: TrainConfig, chosen: EvaluateOptions, options: TrustOpt
     checkpoint_to_load(RunFolder(chosen.run))  # refuses a damaged checkpoint before the first evaluation
     metrics = parts.metrics + [make_metric(metric, parts.trust) for metric in chosen.metrics]
     prompts = list(parts.held_out.prompts)[: chosen.n_prompts]
-    arguments = {"n": chosen.n, "seed": chosen.seed, "env": parts.held_out, "judge": parts.judge, "progress_bar": False}
-    before = evaluate(parts.agent, prompts, parts.tokenizer, metrics, **arguments)  # type: ignore[arg-type]
+    first = _episodes(parts, prompts, chosen, 0)
     run = load_newest(chosen.run, parts)
-    after = evaluate(parts.agent, prompts, parts.tokenizer, metrics, before=before, **arguments)  # type: ignore[arg-type]
+    second = _episodes(parts, prompts, chosen, -(-len(prompts) * chosen.n // SHARE))  # by the processes that are next
+    if not is_main_process():
+        return Exit.DONE
+    arguments = {"n": chosen.n, "seed": chosen.seed, "env": parts.held_out, "judge": parts.judge}
+    measured = partial(evaluate, parts.agent, prompts, parts.tokenizer, metrics, **arguments)  # type: ignore[arg-type]
+    after = measured(episodes=second, before=measured(episodes=first))
     print(after.to_markdown())
     after.save(run.path / "evaluation")
     return Exit.DONE
+
+
+def _episodes(parts: Parts, prompts: Sequence[PromptLike], chosen: EvaluateOptions, first: int) -> list[FinalStep]:
+    """Run the episodes of an evaluation, shared among the processes from rank `first` on, in turn."""
+    policy = cast("LMPolicy", parts.agent.policy)
+    rows = [prompt for prompt in prompts for _ in range(chosen.n)]
+    return run_shares(
+        lambda share, start: run_episodes(policy, parts.held_out, share, seed=chosen.seed + start), rows, SHARE, first
+    )
 
 
 def generate_lines(config: TrainConfig | None, chosen: GenerateOptions, options: TrustOptions) -> int:
@@ -242,25 +267,38 @@ def generate_lines(config: TrainConfig | None, chosen: GenerateOptions, options:
     prompts = prompts or list(writer.prompts)
     most = text_length(writer, prompts, chosen.max_new_tokens)
     # In a terminal the lines themselves show how far it is; a bar would tear them.
-    is_hidden = True if sys.stdout.isatty() else None
-    for start in tqdm(range(0, len(prompts), CHUNK), desc="prompts", unit="chunk", disable=is_hidden):
-        for text in generate(
+    is_hidden = True if sys.stdout.isatty() or not is_main_process() else None
+    here = world()
+    a_turn = CHUNK if here is None else CHUNK * here.size
+
+    def lines_of(n_before: int, share: Sequence[PromptLike], start: int) -> list[str]:
+        texts = generate(
             writer.policy,
-            prompts[start : start + CHUNK],
+            share,
             writer.tokenizer,  # type: ignore[arg-type]
             chosen.n,
             max_new_tokens=most,
             deterministic=chosen.greedy,
-            seed=chosen.seed + start,  # otherwise equal prompts in two chunks would get equal texts
+            seed=chosen.seed + n_before + start,  # otherwise equal prompts in two chunks would get equal texts
             **writer.options,
-        ):
-            # A chat as it was given, so that the line can be a prompt again, and not as the template renders it.
-            asked = text.prompt.messages or str(text.prompt)
-            row = {"prompt": asked, "text": text.text, "end_reason": str(text.end_reason)}
-            line = json.dumps(row, ensure_ascii=False)
-            # JSON escapes U+0000 to U+001F only; control characters U+0080 to U+009F, which terminals obey, need ASCII.
-            print(line if line.isprintable() else json.dumps(row), flush=True)
+        )
+        return [_line(text) for text in texts]
+
+    for begin in tqdm(range(0, len(prompts), a_turn), desc="prompts", unit="chunk", disable=is_hidden):
+        turn = prompts[begin : begin + a_turn]
+        for line in run_shares(partial(lines_of, begin), turn, CHUNK):
+            print(line, flush=True)
     return Exit.DONE
+
+
+def _line(text: Generation) -> str:
+    """Return a text and its prompt as a line of JSON."""
+    # A chat as it was given, so that the line can be a prompt again, and not as the template renders it.
+    asked = text.prompt.messages or str(text.prompt)
+    row = {"prompt": asked, "text": text.text, "end_reason": str(text.end_reason)}
+    line = json.dumps(row, ensure_ascii=False)
+    # JSON escapes U+0000 to U+001F only; control characters U+0080 to U+009F, which terminals obey, need ASCII.
+    return line if line.isprintable() else json.dumps(row)
 
 
 def export_run(config: TrainConfig, chosen: ExportOptions, options: ExportFlags) -> int:

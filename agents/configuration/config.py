@@ -315,6 +315,18 @@ class TrustOptions:
 
 
 @dataclass
+class ProcessOptions(TrustOptions):
+    """The option of the verbs that several processes can run together: only the command line has it.
+
+    Args:
+        processes: Start this many processes on this machine, which do the work together, each on a GPU of its own or on
+            its share of the CPU; for several machines use torchrun -m agents.cli. Without it, one process.
+    """
+
+    processes: str | None = field(default=None, metadata={"metavar": "N"})
+
+
+@dataclass
 class RunOptions(TrustOptions):
     """Options of `textenv train` and `tune`: only the command line has them, never a configuration file.
 
@@ -331,7 +343,7 @@ class RunOptions(TrustOptions):
 
 
 @dataclass
-class TrainOptions(RunOptions):
+class TrainOptions(RunOptions, ProcessOptions):
     """Options of `textenv train` alone.
 
     Args:

@@ -25,6 +25,19 @@ Owner = TypeVar("Owner")
 ANSWER_SECONDS = 5.0  # how long processes have to show that they are alive once one seems lost
 
 
+class ProcessStopped(ProcessLost):
+    """The error of the other processes when one has raised an error that it told them of.
+
+    Args:
+        message: The rank of the process, and what its error says.
+        is_of_files: Whether it is an `OSError`, such as that of a full disk.
+    """
+
+    def __init__(self, message: str, is_of_files: bool = False) -> None:  # by default: pickle passes the message alone
+        super().__init__(message)
+        self.is_of_files = is_of_files
+
+
 def gather(name: str, value: Value) -> list[Value]:
     """Return the values of all processes, by rank; [value] if there is one process.
 
@@ -104,7 +117,7 @@ def from_main(name: str, value: Value) -> Value:
 
 
 def raise_together(error: Exception | None) -> None:
-    """Raise this process's error, and a `ProcessLost` that quotes it in the other processes.
+    """Raise this process's error, and a `ProcessStopped` that quotes it in the other processes.
 
     All processes must call it, so that none keeps waiting for one that has failed.
 
@@ -113,14 +126,16 @@ def raise_together(error: Exception | None) -> None:
 
     Raises:
         Exception: `error`, unless it is None.
-        ProcessLost: In the other processes, with the rank and the error's text.
+        ProcessStopped: In the other processes, with the rank and the error's text.
     """
-    texts = gather("an error", None if error is None else f"{type(error).__name__}: {error}")
+    own = None if error is None else (f"{type(error).__name__}: {error}", isinstance(error, OSError))
+    errors = gather("an error", own)
     if error is not None:
         raise error
-    for rank, text in enumerate(texts):
-        if text is not None:
-            raise ProcessLost(f"Rank {rank} of {len(texts)} processes stopped: {text}")
+    for rank, other in enumerate(errors):
+        if other is not None:
+            text, is_of_files = other
+            raise ProcessStopped(f"Rank {rank} of {len(errors)} processes stopped: {text}", is_of_files)
 
 
 def once(write: Callable[[], Any]) -> None:
@@ -192,7 +207,7 @@ def _together(here: World, name: str, begin: Callable[[], Any]) -> None:
             raise
         except RuntimeError as error:  # gloo's: a connection was closed
             lost = error
-    raise ProcessLost(f"Expected {here.size} processes, got no answer of {_silent(here)}: {lost}") from lost
+    raise ProcessLost(f"Expected {here.size} processes, got no answer of {silent_ranks(here)}: {lost}") from lost
 
 
 def _ends_soon(work: Any, seconds: float) -> bool:
@@ -206,7 +221,7 @@ def _ends_soon(work: Any, seconds: float) -> bool:
     return True
 
 
-def _silent(here: World) -> str:
+def silent_ranks(here: World) -> str:
     """Return the ranks that do not show within a few seconds that they are alive, as words."""
     deadline, others = time.monotonic() + ANSWER_SECONDS, range(here.size)
     try:

@@ -21,6 +21,7 @@ from .hangs import VARIABLE, Watch, pause, timeout_from_environment
 JOIN_SECONDS = 300.0  # how long processes wait for each other at the start: some load a model on a busy machine first
 FOR_EVER = timedelta(days=365)  # a process that waits by `collectives` is ended by its watch, not by gloo
 LEAVE_SECONDS = 10.0  # how long the process that serves the store waits for the others before it ends
+OWN_KEYS = "textenv"  # the prefix of the keys of `World.store`
 POLL_SECONDS = 0.05  # the pause between two looks into the store
 
 
@@ -80,6 +81,11 @@ def world() -> World | None:
     return None if _joined is None or _joined.size == 1 else _joined
 
 
+def joined() -> World | None:
+    """Return the processes that this process has met already; None if it trains alone, or has not met the others."""
+    return None if _joined is None or _joined.size == 1 else _joined
+
+
 def is_main_process() -> bool:
     """Return whether this process logs, evaluates and writes for all: it has rank 0, or is the only one.
 
@@ -129,7 +135,7 @@ def _join() -> World:
     # Groups of their own for agreeing and for files: on the host whatever the gradients use.
     group, files = dist.new_group(backend="gloo", timeout=FOR_EVER), dist.new_group(backend="gloo", timeout=later)
     assert group is not None and files is not None, "this process is a member"
-    store = dist.PrefixStore("textenv", store)
+    store = dist.PrefixStore(OWN_KEYS, store)
     watch = Watch(store, rank, size, timeout)
     own_seed = int(np.random.SeedSequence().generate_state(1)[0]) >> 1  # 31 bits: in the range of every generator
     told: list[Any] = [None] * size
@@ -159,14 +165,23 @@ def _meet(rank: int, size: int) -> dist.Store:
     except dist.DistError as error:
         does = "to open" if serves else f"within {JOIN_SECONDS:.0f} s an answer of rank 0 at"
         raise TimeoutError(f"Expected {does} {host}:{port} (MASTER_ADDR, MASTER_PORT), got: {error}") from error
-    # The store of `torchrun` outlives a restart of the processes, so each attempt gets its own keys.
-    store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", base)
+    store = _of_attempt(base)
     refusal = _refusal(store, rank, size)
     if refusal is not None:
         if serves:
             time.sleep(1.0)  # seconds for the others to read the reason: the store ends with this process
         raise refusal
     return store
+
+
+def _of_attempt(store: dist.Store) -> dist.Store:
+    """Return the keys of this attempt: the store of `torchrun` outlives a restart of the processes."""
+    return dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+
+
+def store_of_attempt(store: dist.Store) -> dist.Store:
+    """Return the part of a launcher's store that is `World.store` in the processes that it starts."""
+    return dist.PrefixStore(OWN_KEYS, _of_attempt(store))
 
 
 def _serves(rank: int) -> bool:

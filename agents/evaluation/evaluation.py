@@ -133,6 +133,7 @@ def evaluate(
     seed: int = 0,
     n_envs: int = 64,
     progress_bar: bool = False,
+    episodes: Sequence[FinalStep] | None = None,
     **env_kwargs: Any,
 ) -> Evaluation:
     """Continue each prompt `n` times, in batches, and measure the texts.
@@ -165,6 +166,8 @@ def evaluate(
         seed: The seed of the sampling and of the resampling.
         n_envs: The largest number of texts that are generated side by side.
         progress_bar: Whether to show a progress bar.
+        episodes: The last steps of the episodes of these prompts in `env`, where they have been run before, such as in
+            several processes; None runs them.
         **env_kwargs: Arguments of `TextEnv`: `max_new_tokens` (by default as in `generate`), `references_column`,
             `stop_strings`, ...
 
@@ -201,7 +204,8 @@ def evaluate(
             model, lambda most: TextEnv(rows, tokenizer, max_new_tokens=most, **settings), max_new_tokens
         )
         rows = list(env.prompts)  # tokenized already
-    episodes = run_episodes(policy, env, rows, deterministic, seed, n_envs, progress_bar)
+    if episodes is None:
+        episodes = run_episodes(policy, env, rows, deterministic, seed, n_envs, progress_bar)
     scores = {"length": mean_of([episode.info["episode"]["l"] for episode in episodes])}
     if is_scored:
         scores.update(_reward_scores(episodes))

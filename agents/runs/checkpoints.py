@@ -12,8 +12,10 @@ from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from ..checkpoints.checkpoint import is_between_iterations, save_step
 from ..checkpoints.manifest import newest_intact
 from ..checkpoints.storage import explain
+from ..distributed.collectives import ProcessStopped, from_main, gather
 from ..errors import CommandError, Interrupted, NumericsError, StorageError, is_full
 from ..signals import Interrupts
+from ..steps.step import tokens_of_rollout
 from .folder import RunFolder
 
 BYTES_A_WEIGHT = 12  # a trained weight and its two moments of AdamW, 4 bytes each in float32
@@ -56,6 +58,7 @@ class RunCheckpoints(BaseCallback):
         self.interrupts, self.is_over, self.say = interrupts, is_over, say
         self.failure: str | None = None
         self.rows_failure: str | None = None
+        self.are_waiting = False
 
     def _on_training_start(self) -> None:
         self.saved = self.model.num_timesteps
@@ -65,19 +68,15 @@ class RunCheckpoints(BaseCallback):
 
     def _on_rollout_start(self) -> None:
         self._write_rows()
-        now = self.model.num_timesteps
-        size = self.model.n_steps * self.model.n_envs  # type: ignore[attr-defined]  # tokens of a rollout
-        # `now` is a multiple of `size` here. After a failure a checkpoint is due at every rollout.
-        is_due = now // size % self.every == 0 or self.failure is not None
-        if now > self.saved and (is_due or self.interrupts.number or self.is_over()):
+        now, number = self.model.num_timesteps, max(gather("requests to stop", self.interrupts.number))
+        # `now` is a multiple of the rollout's size here. After a failure a checkpoint is due at every rollout.
+        is_due = now // tokens_of_rollout(self.model) % self.every == 0 or self.failure is not None
+        if now > self.saved and (is_due or number or self.is_over()):
             self._save()
-        if self.interrupts.number:
+        if number:
             self._check()
             saved = ", saved" if self.run.has_checkpoint() else ""
-            raise Interrupted(
-                f"stopped after {now:,} tokens{saved}; {self.run.how_to_go_on()}",
-                self.interrupts.number,
-            )
+            raise Interrupted(f"stopped after {now:,} tokens{saved}; {self.run.how_to_go_on()}", number)
 
     def _on_training_end(self) -> None:
         self._write_rows()
@@ -87,7 +86,7 @@ class RunCheckpoints(BaseCallback):
 
     def _check(self) -> None:
         """Raise StorageError if rows or a checkpoint are still not written."""
-        failure = self.rows_failure if self.run.waiting else self.failure
+        failure = self.rows_failure if self.are_waiting else self.failure
         if failure is not None:
             raise StorageError(failure)
 
@@ -99,20 +98,27 @@ class RunCheckpoints(BaseCallback):
                 raise
             self.rows_failure = f"Rows could not be written, and wait: {explain(error, self.run.path)}"
             self.say(self.rows_failure)
+        # Of several processes, rank 0 writes.
+        self.are_waiting, self.rows_failure = from_main("rows", (bool(self.run.waiting), self.rows_failure))
 
     def _save(self) -> None:
-        if self.run.waiting:  # the rows of the tokens that the checkpoint counts must be on the disk first
+        if self.are_waiting:  # the rows of the tokens that the checkpoint counts must be on the disk first
             self.failure = self.rows_failure
             return
+        failure = None
         try:
             save_step(cast("OnPolicyAlgorithm", self.model), self.run.checkpoints, self.keep)
         except FloatingPointError as error:
             raise NumericsError(str(error)) from error
-        except OSError as error:
-            self.failure = f"The checkpoint could not be written: {explain(error, self.run.path, needed(self.model))}"
-            self.say(self.failure)
+        except (OSError, ProcessStopped) as error:
+            if isinstance(error, ProcessStopped) and not error.is_of_files:
+                raise
+            failure = f"The checkpoint could not be written: {explain(error, self.run.path, needed(self.model))}"
+        self.failure = from_main("a checkpoint that failed", failure)
+        if self.failure is None:
+            self.saved = self.model.num_timesteps
         else:
-            self.saved, self.failure = self.model.num_timesteps, None
+            self.say(self.failure)
 
 
 def needed(model: object) -> int:

@@ -16,12 +16,14 @@ from stable_baselines3.common.logger import Logger
 from ..callbacks.finite_updates import FiniteUpdates
 from ..checkpoints.storage import size
 from ..configuration.config import RunOptions, TrainConfig
+from ..distributed.sharding import gathered
+from ..distributed.world import is_main_process, world
 from ..errors import Exit
 from ..evaluation.evaluation import evaluate
 from ..models.prefix_cache import PrefixCache
 from ..models.sequences import count_tokens
 from ..policies.lm_policy import LMPolicy
-from ..steps.step import sequence_buffer
+from ..steps.step import sequence_buffer, tokens_of_rollout
 from .assemble import Parts, assemble, training_callbacks, trust_of
 from .checkpoints import needed
 from .remaining import clock
@@ -65,16 +67,19 @@ def dry_run(config: TrainConfig, options: RunOptions, n_runs: int = 1) -> int:
         The exit code.
     """
     trust = trust_of(options)
-    parts = assemble(config, trust, progress_bar=not options.quiet)
+    parts = assemble(config, trust, progress_bar=not options.quiet and is_main_process())
     agent, watch = parts.agent, Stopwatch()
     agent.set_logger(Logger(None, []))  # without outputs: figures go nowhere
     # Without dynamic sampling, the one update trains on all groups of its rollout: neither none of them nor a few.
     as_usual = replace(config, algorithm=replace(config.algorithm, min_groups=None))
     start = time.monotonic()
-    tokens = agent.n_steps * agent.n_envs
+    tokens = tokens_of_rollout(agent)
     agent.learn(tokens, callback=CallbackList([*training_callbacks(as_usual, trust), FiniteUpdates(), watch]))
     end = time.monotonic()
-    evaluation = _seconds_of_evaluation(parts)
+    with gathered(cast("LMPolicy", agent.policy).lm):
+        if not is_main_process():  # rank 0 evaluates, and prints
+            return Exit.DONE
+        evaluation = _seconds_of_evaluation(parts)
     n_iterations = math.ceil(config.total_tokens / tokens)
     # One before training, and one at most after each rollout.
     n_evaluations = 1 + math.ceil(config.total_tokens / max(config.evaluation.every, tokens))
@@ -87,7 +92,8 @@ def dry_run(config: TrainConfig, options: RunOptions, n_runs: int = 1) -> int:
     print(f"the whole run, {config.total_tokens:,} tokens: about {clock(total)} (h:mm:ss)")
     if n_runs > 1:
         print(f"all {n_runs} seeds, one after the other: about {clock(total * n_runs)}")
-    print(f"memory at most: {_memory(parts)}")
+    here = world()
+    print(f"memory at most: {_memory(parts)}{'' if here is None else f' in each of {here.size} processes'}")
     # Old checkpoints are removed only after a new one is complete: for a while there is one more.
     print(f"disk: about {size(needed(agent) * (config.keep_checkpoints + 1) * n_runs)}")
     return Exit.DONE

@@ -154,7 +154,7 @@ class RunFolder:
             "started": datetime.now(UTC).isoformat(timespec="seconds"),
             "command": sys.argv[1:],
             "git": {"textenv": _commit(Path(__file__).parent), "here": _commit(Path.cwd())},
-            "versions": {"textenv": textenv_version, "python": sys.version.split()[0], **_versions()},
+            "versions": {"textenv": textenv_version, "python": sys.version.split()[0], **versions()},
         }
         write_text(self.about, json.dumps(about, indent=1) + "\n")
 
@@ -205,7 +205,7 @@ class RunFolder:
 
     def changed_versions(self) -> list[str]:
         """Return the packages with another version than at the run's start, each as "name old -> new"."""
-        then, now = self.read_about()["versions"], _versions()
+        then, now = self.read_about()["versions"], versions()
         return [f"{name} {then[name]} -> {now[name]}" for name in now if then.get(name, now[name]) != now[name]]
 
     def check_vocabulary(self, tokens: Mapping[str, int]) -> None:
@@ -349,7 +349,8 @@ def read_rows(file: Path, shape: Shape = ROW) -> list[dict[str, Any]]:
         raise CommandError(str(error)) from error
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """Return the versions of the packages that influence the figures of a run."""
     names = [name for name in PACKAGES if _is_installed(name)]
     return {name: metadata.version(name) for name in names}
 

@@ -11,8 +11,13 @@ from stable_baselines3.common.logger import KVWriter
 
 from textenv.env import TextEnv
 
+from ..distributed.collectives import from_main, gather
+from ..distributed.sharding import gathered
+from ..distributed.world import is_main_process
 from ..evaluation.generation import run_episodes
 from ..policies.lm_policy import LMPolicy
+from ..steps.data_parallel import merge
+from ..steps.step import tokens_of_rollout
 from .folder import AGGREGATION, SAMPLE, RunFolder, read_rows
 
 Row = dict[str, Any]
@@ -72,7 +77,10 @@ class Recorder(BaseCallback):
         cast("LMPolicy", self.model.policy).surrogate.record(self.model)  # of the last update, which no rollout follows
         # SB3 `ppo.PPO.train` has recorded the update's figures, which are dumped only after the next rollout.
         values = {name: value for name, value in self.logger.name_to_value.items() if name.startswith("train/")}
-        self.writer.write(values, {})
+        self.writer.write(merge(gather("the figures of an update", values)), {})  # as `SharedLogger` merges the others
+        if not is_main_process():
+            self.writer.row = {}
+            return
         if all(name.startswith("train/") for name in self.writer.row):  # an early stop: the row is written already
             return
         row = {"tokens": self.model.num_timesteps, **dict(sorted(self.writer.row.items()))}
@@ -104,15 +112,14 @@ class SampleRecorder(BaseCallback):
         self.run, self.env, self.n, self.every, self.show = run, env, n, every, show
 
     def _on_training_start(self) -> None:
-        self.last_written = max((row["tokens"] for row in read_rows(self.run.samples, SAMPLE)), default=-1)
+        written = read_rows(self.run.samples, SAMPLE) if is_main_process() else []
+        self.last_written = from_main("the last samples", max((row["tokens"] for row in written), default=-1))
 
     def _on_step(self) -> bool:
         return True
 
     def _on_rollout_start(self) -> None:
-        model = self.model
-        size = model.n_steps * model.n_envs  # type: ignore[attr-defined]  # tokens of a rollout
-        if model.num_timesteps // size % self.every == 0:
+        if self.model.num_timesteps // tokens_of_rollout(self.model) % self.every == 0:
             self._write()
 
     def _on_training_end(self) -> None:
@@ -124,7 +131,10 @@ class SampleRecorder(BaseCallback):
             return
         self.last_written = now
         policy = cast("LMPolicy", self.model.policy)
-        steps = run_episodes(policy, self.env, self.env.prompts[: self.n])
+        with gathered(policy.lm):  # a collective: rank 0 then has whole weights
+            if not is_main_process():
+                return
+            steps = run_episodes(policy, self.env, self.env.prompts[: self.n])
         rows = [{"tokens": now, **sample_row(step.info)} for step in steps]
         self.run.append(self.run.samples, rows)
         self.show(rows)

@@ -175,3 +175,10 @@ class QuietScreen:
 
     def close(self) -> None:
         """Do nothing: the terminal is unchanged."""
+
+
+class SilentScreen(QuietScreen):
+    """No output at all: of several processes, rank 0 alone shows something."""
+
+    def note(self, text: str) -> None:
+        """Show nothing."""

@@ -9,17 +9,19 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..configuration.config import TrainOptions
+from ..distributed.world import is_main_process, world
 from ..errors import CommandError, Exit, Interrupted
 from ..evaluation.curves import draw_curves
 from ..evaluation.prompt_scores import SCORES_FILE, PromptScores, scores_in
 from ..evaluation.seeds import SeedTable
 from ..signals import write_line
 from .assemble import task_name
+from .changed_keys import changed_keys
 from .folder import RunFolder, read_rows
 from .loggers import named
 from .plan import Plan
 from .reporting import Reporter
-from .train import changed_keys, make_screen, resume, start
+from .train import make_screen, resume, start
 
 # The errors that another seed may not meet; after any other, such as a full disk, no further seed is started.
 OF_ONE_SEED = (Exit.FAILED, Exit.NUMERICS, Exit.REWARD)
@@ -38,7 +40,7 @@ def train(plans: Sequence[Plan], options: TrainOptions, reporter: Reporter | Non
 
     Raises:
         CommandError: If a run fails. With seeds, its message names the seed, and others are trained nevertheless if the
-            error may be that seed's alone; no table is written then.
+            error may be that seed's alone, and there is one process; no table is written then.
     """
     if options.dry_run:
         return start(plans[0].config, plans[0].dumped, options)
@@ -48,7 +50,8 @@ def train(plans: Sequence[Plan], options: TrainOptions, reporter: Reporter | Non
         failures = _train_all(plans, options, reporter)
         if failures:
             raise CommandError(_no_table(plans, list(failures)), next(iter(failures.values())).code)
-        _finish(plans, options, reporter)
+        if is_main_process():
+            _finish(plans, options, reporter)
     except KeyboardInterrupt as error:  # between two runs, or during the table
         how = "interrupted; continue with: the same command with --resume"
         raise Interrupted(how, signal.SIGINT) from error
@@ -66,7 +69,7 @@ def _train_all(plans: Sequence[Plan], options: TrainOptions, reporter: Reporter 
                 _train_one(plan, options, reporter)
         except CommandError as error:
             failure = CommandError(f"seed {plan.config.seed}: {error}", error.code)
-            if error.code not in OF_ONE_SEED:
+            if error.code not in OF_ONE_SEED or world() is not None:  # after an error, processes cannot go on together
                 raise failure from error
             failures[plan.config.seed] = failure  # without its traceback, which would keep the run's model in memory
             write_line(f"textenv: {failure}")

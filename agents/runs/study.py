@@ -19,8 +19,8 @@ from textenv.checks.extras import needs
 from ..configuration.config import FREE_ON_RESUME
 from ..configuration.search import Range, TuneConfig
 from ..errors import CommandError
+from .changed_keys import differences
 from .folder import RunFolder
-from .train import differences
 
 NAME = "textenv"  # the study's, in a file that has no other
 CONFIGURATION, FIGURES, NOTE = "configuration", "figures", "note"  # the attributes that we add to Optuna's own

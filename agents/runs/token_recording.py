@@ -13,6 +13,8 @@ from stable_baselines3.common.callbacks import BaseCallback
 
 from textenv.text.tokenizer import Tokenizer
 
+from ..distributed.sharding import gathered
+from ..distributed.world import is_main_process
 from ..evaluation.token_numbers import Episodes, Likeliest, likeliest, token_rows
 from ..policies.lm_policy import LMPolicy
 from ..policies.reference import log_probs
@@ -20,6 +22,7 @@ from ..policies.surrogates import Surrogate, Terms
 from ..rollout.buffer import SequenceRolloutBuffer
 from ..rollout.trained_sequences import TrainedSequences
 from ..steps.kl_penalty import KLPenalty
+from ..steps.step import tokens_of_rollout
 from .folder import RunFolder
 
 N_EPISODES = 4
@@ -37,6 +40,8 @@ class Waiting(NamedTuple):
 
 class TokenRecorder(BaseCallback):
     """Writes the numbers of each token of a few trained episodes into `tokens.jsonl`; does not change training.
+
+    Of several processes, rank 0 takes its own episodes.
 
     At the rollouts of a run's tables of samples, or fewer, and at the last one, it takes the whole episodes with the
     lowest and the highest score and two between. What the rollout knows of them is taken as it is (see `token_rows`),
@@ -58,6 +63,7 @@ class TokenRecorder(BaseCallback):
         super().__init__()
         self.run, self.tokenizer, self.every, self.total = run, tokenizer, every, total
         self.waiting: Waiting | None = None
+        self.is_waiting = False  # in all processes: whether rank 0 may have something that waits
 
     def _on_step(self) -> bool:
         return True
@@ -68,15 +74,22 @@ class TokenRecorder(BaseCallback):
         return self.model.rollout_buffer  # type: ignore[attr-defined]
 
     def _is_due(self) -> bool:
-        size = self.buffer.buffer_size * self.buffer.n_envs  # tokens of a rollout
+        size = tokens_of_rollout(self.model)
         stride = self.every * max(1, math.ceil(self.total / size / self.every / MOST_TABLES))
         now = self.model.num_timesteps
         return (now // size - 1) % stride == 0 or now >= self.total
 
     def _on_rollout_end(self) -> None:
-        buffer = self.buffer
-        if not isinstance(buffer, SequenceRolloutBuffer) or not len(buffer.trained) or not self._is_due():
+        self.is_waiting = isinstance(self.buffer, SequenceRolloutBuffer) and self._is_due()
+        if not self.is_waiting:
             return
+        with gathered(cast("LMPolicy", self.model.policy).lm):  # a collective: rank 0 then has whole weights
+            if is_main_process() and len(self.buffer.trained):
+                self._take()
+
+    def _take(self) -> None:
+        """Take what the rollout knows of the episodes to write."""
+        buffer = self.buffer
         trained, lm = buffer.trained, cast("LMPolicy", self.model.policy).lm
         sequences = [(trained.segment(i), trained.transitions(i)) for i in by_score(trained, N_EPISODES)]
         episodes = Episodes.of(sequences, buffer.token_sets, buffer.device)
@@ -102,9 +115,14 @@ class TokenRecorder(BaseCallback):
         self._write()
 
     def _write(self) -> None:
-        if self.waiting is None:
-            return
-        (episodes, found, scaled, kl), self.waiting = self.waiting, None
+        if self.is_waiting:
+            self.is_waiting = False
+            with gathered(cast("LMPolicy", self.model.policy).lm):
+                if self.waiting is not None:
+                    self._write_rows(*self.waiting)
+            self.waiting = None
+
+    def _write_rows(self, episodes: Episodes, found: Likeliest, scaled: np.ndarray, kl: np.ndarray | None) -> None:
         with torch.no_grad():
             now = cast("LMPolicy", self.model.policy).lm.log_probs(episodes.batch, episodes.actions)
         before = torch.as_tensor(np.concatenate([part.log_probs for part in episodes.parts]), device=now.device)

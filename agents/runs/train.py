@@ -7,7 +7,6 @@ import signal
 import sys
 import threading
 from collections.abc import Callable
-from dataclasses import asdict
 from functools import partial
 from typing import Any, cast
 
@@ -25,6 +24,10 @@ from ..checkpoints.checkpoint import load_checkpoint
 from ..checkpoints.hf_export import write_model
 from ..checkpoints.output_folders import output_folder
 from ..configuration.config import FREE_ON_RESUME, PLOTTED, RunOptions, TrainConfig, TrainOptions, default_loggers
+from ..distributed.collectives import from_main, once
+from ..distributed.failures import consequence
+from ..distributed.sharding import gathered
+from ..distributed.world import is_main_process
 from ..errors import CommandError, Exit, Interrupted, is_full
 from ..evaluation.curves import draw_curves
 from ..evaluation.evaluate_callback import Evaluate
@@ -34,8 +37,8 @@ from ..files import write_text
 from ..policies.actor_critic import LMActorCritic
 from ..policies.lm_policy import LMPolicy
 from ..policies.reference import start_of
-from ..signals import Interrupts, leave
 from .assemble import Parts, assemble, task_name, training_callbacks, trust_of
+from .changed_keys import changed_keys
 from .checkpoints import RunCheckpoints, checkpoint_to_load, needed
 from .dry_run import dry_run
 from .exit_codes import as_command_error
@@ -45,7 +48,9 @@ from .loggers import SamplePages, check_loggers, make_loggers, make_trackers, na
 from .model_card import model_card
 from .recording import Recorder, RowWriter, SampleRecorder
 from .reporting import Reporter
-from .screens import JsonScreen, PlainScreen, QuietScreen, Row, Screen, warnings_on
+from .screens import JsonScreen, PlainScreen, QuietScreen, Row, Screen, SilentScreen, warnings_on
+from .shared_folder import check_shared, create_folder, locked_folder
+from .stopping import watched_signals
 from .token_recording import TokenRecorder
 
 MENDED = (Exit.REFUSED, Exit.MISSING)  # mistakes that the user mends before repeating the command
@@ -72,22 +77,27 @@ def start(config: TrainConfig, dumped: str, options: TrainOptions, reporter: Rep
     check_loggers(config.loggers, trust_of(options))
     if options.dry_run:
         return dry_run(config, options, max(1, len(options.seeds)))
-    run = RunFolder.create(config.out, task_name(config))
+    run = create_folder(config.out, task_name(config))
     run.is_of_seeds = bool(options.seeds)
-    with run.locked():
-        run.clear()
-        run.begin(dumped, __version__)
+    with locked_folder(run):
+        once(lambda: _begin(run, dumped))
         try:
             return train_in(run, config, options, _screen(config, options), reporter=reporter)
         except CommandError as error:
-            if error.code in MENDED and not read_rows(run.metrics):  # nothing was trained: do not leave a run behind
+            # Nothing was trained: do not leave a run behind.
+            if error.code in MENDED and is_main_process() and not read_rows(run.metrics):
                 run.withdraw()
             raise
         except KeyboardInterrupt as error:
             interrupted = _interrupted(run)  # before `withdraw`: its advice depends on the folder
-            if not run.has_checkpoint():
+            if is_main_process() and not run.has_checkpoint():
                 run.withdraw()
             raise interrupted from error
+
+
+def _begin(run: RunFolder, dumped: str) -> None:
+    run.clear()
+    run.begin(dumped, __version__)
 
 
 def resume(
@@ -124,41 +134,23 @@ def resume(
     if other:
         flags = " ".join(f"--change {key}" for key in other)
         raise CommandError(f"Expected the configuration of {run.path}, got another: to use it, add {flags}.")
-    with run.locked():
+    with locked_folder(run):
         if changed:
-            run.results.unlink(missing_ok=True)  # those of another configuration
-            write_text(run.config, dumped)
+            once(lambda: _change(run, dumped))
         try:
             return train_in(run, config, options, screen, reporter=reporter)
         except KeyboardInterrupt as error:
             raise _interrupted(run) from error
 
 
+def _change(run: RunFolder, dumped: str) -> None:
+    run.results.unlink(missing_ok=True)  # those of another configuration
+    write_text(run.config, dumped)
+
+
 def _interrupted(run: RunFolder) -> Interrupted:
     """Return the error for a Ctrl-C before training has begun, or after it has ended."""
     return Interrupted(f"interrupted; {run.how_to_go_on()}", signal.SIGINT)
-
-
-def changed_keys(before: TrainConfig, config: TrainConfig) -> dict[str, tuple[Any, Any]]:
-    """Return the keys in which a run's new configuration differs, each with its values before and after."""
-    return {key: pair for key, pair in differences(asdict(before), asdict(config)).items() if key != "out"}
-
-
-def differences(before: dict[str, Any], after: dict[str, Any], prefix: str = "") -> dict[str, tuple[Any, Any]]:
-    """Return the keys in which two configurations differ, each with its values before and after.
-
-    Example:
-        >>> differences({"kl": {"coef": 0.1}, "seed": 0}, {"kl": {"coef": 0.2}, "seed": 0})
-        {'kl.coef': (0.1, 0.2)}
-    """
-    changed: dict[str, tuple[Any, Any]] = {}
-    for key in before.keys() | after.keys():
-        old, new = before.get(key), after.get(key)
-        if isinstance(old, dict) and isinstance(new, dict) and key != "args":  # arguments count as one value
-            changed |= differences(old, new, f"{prefix}{key}.")
-        elif old != new:
-            changed[prefix + key] = (old, new)
-    return dict(sorted(changed.items()))
 
 
 def make_screen(config: TrainConfig, options: RunOptions, first: Row | None = None) -> Screen:
@@ -169,6 +161,8 @@ def make_screen(config: TrainConfig, options: RunOptions, first: Row | None = No
         options: The options of the command line.
         first: Keys and values that lines of JSON begin with, to tell one run of several from the others.
     """
+    if not is_main_process():
+        return SilentScreen()
     if options.quiet:
         return QuietScreen()
     if options.json:
@@ -215,9 +209,10 @@ def train_in(
         with warnings_on(screen):
             return _run(run, config, options, screen, watch, reporter)
     except RAISED as error:
-        command_error = as_command_error(error, run.path)
+        lost = consequence(error)
+        command_error = lost or as_command_error(error, run.path)
         # An error that we raised for the user says everything in its line; any other needs its traceback.
-        says_all = command_error is error or isinstance(error, MissingExtraError)
+        says_all = command_error in (error, lost) or isinstance(error, MissingExtraError)
         is_kept = (not says_all or command_error.code not in MENDED) and run.keep_traceback()
         hint = f" (the traceback is in {run.log})" if is_kept and not says_all else ""
         raise CommandError(f"{command_error}{hint}", command_error.code) from error
@@ -234,15 +229,13 @@ def _run(
     watch: Watch | None,
     reporter: Reporter | None,
 ) -> int:
+    check_shared(run)
     _announce(run, config, screen)
-    checkpoint = checkpoint_to_load(run, screen.say)
-    trust = trust_of(options)
-    parts = assemble(config, trust, progress_bar=not options.quiet)
+    is_main, trust = is_main_process(), trust_of(options)
+    checkpoint = from_main("a checkpoint", checkpoint_to_load(run, screen.say) if is_main else None)
+    parts = assemble(config, trust, progress_bar=not options.quiet and is_main)
     agent = parts.agent
-    run.check_vocabulary(parts.tokenizer.get_vocab())
-    if changed := run.changed_versions():
-        screen.say(f"other versions than at the start of the run: {', '.join(changed)}; figures may differ a little")
-    run.check_space(needed(agent) * (config.keep_checkpoints + SPACE_FOR))
+    once(lambda: _check(run, parts, screen))
     # Before a checkpoint's weights are loaded.
     reference = None if watch is None else start_of(cast("LMPolicy", agent.policy).lm)
     writer = RowWriter()
@@ -253,17 +246,17 @@ def _run(
         screen.say(f"resumed from {checkpoint}: {done:,} tokens")
     # Trackers have all rows until the run stopped. `cut` removes the rows after the checkpoint, to be made again.
     sent = max((row["tokens"] for row in read_rows(run.metrics)), default=-1) if done else -1
-    run.cut(done if checkpoint is not None else -1)
-    outputs = make_loggers(run, config, trust, done)
+    once(lambda: run.cut(done if checkpoint is not None else -1))
+    outputs = make_loggers(run, config, trust, done) if is_main else []
     # Otherwise SB3 `base_class._setup_learn` would make a logger of its own.
     agent.set_logger(Logger(None, [writer, *outputs]))
     evaluate = _evaluate(run, parts, reference)
-    trackers = make_trackers(run, config, sent)
+    trackers = make_trackers(run, config, sent) if is_main else []
     pages = [SamplePages(output) for output in outputs if isinstance(output, TensorBoardOutputFormat)]
-    reports = [] if reporter is None else [reporter.of_run(run.path)]
+    reports = [reporter.of_run(run.path)] if reporter is not None and is_main else []
     views: list[Any] = [screen, *trackers, *pages, *reports]
     kept = config.checkpoint_every, config.keep_checkpoints
-    with Interrupts(screen.note, again=partial(leave, how_to_go_on=run.how_to_go_on)) as interrupts:
+    with watched_signals(run, screen) as interrupts:
         callbacks = [  # `Recorder` after all that log; `RunCheckpoints` last, when a checkpoint's rows are on the disk
             *training_callbacks(config, trust),
             FiniteUpdates(),
@@ -274,7 +267,7 @@ def _run(
         ]
         screen.begin(done, read_rows(run.metrics))
         if done < config.total_tokens:
-            run.results.unlink(missing_ok=True)  # those of a run that was finished, and is to train on
+            once(lambda: run.results.unlink(missing_ok=True))  # those of a finished run that is to train on
             # Without a reset, SB3 `base_class._setup_learn` adds the tokens trained so far to the total, so that the
             # schedule of the learning rate continues where it stopped.
             agent.learn(
@@ -288,12 +281,21 @@ def _run(
         agent.logger.close()
         for tracker in trackers:
             tracker.close()
-        _finish(run, parts, screen)
+        with gathered(cast("LMPolicy", agent.policy).lm):
+            once(lambda: _finish(run, parts, screen))
         for report in reports:
             screen.say(report.finish())
         if watch is not None and interrupts.number:  # in the last iteration; further trials must not start
             raise Interrupted(f"stopped after {agent.num_timesteps:,} tokens; {run.how_to_go_on()}", interrupts.number)
     return Exit.DONE
+
+
+def _check(run: RunFolder, parts: Parts, screen: Screen) -> None:
+    """Check that the run's tokenizer, packages and free space are as they should be."""
+    run.check_vocabulary(parts.tokenizer.get_vocab())
+    if changed := run.changed_versions():
+        screen.say(f"other versions than at the start of the run: {', '.join(changed)}; figures may differ a little")
+    run.check_space(needed(parts.agent) * (parts.config.keep_checkpoints + SPACE_FOR))
 
 
 def _early(evaluate: Evaluate) -> str:

@@ -10,6 +10,7 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.vec_env import VecEnv
 
+from ..distributed.world import world
 from ..rollout.buffer import SequenceRolloutBuffer
 from ..rollout.vec_env import TextVecEnv
 
@@ -171,6 +172,12 @@ def sequence_buffer(model: BaseAlgorithm) -> SequenceRolloutBuffer:
             "before anything else can touch the rewards."
         )
     return buffer
+
+
+def tokens_of_rollout(model: BaseAlgorithm) -> int:
+    """Return the number of tokens of a rollout, of all processes together."""
+    here, own = world(), model.n_steps * model.n_envs  # type: ignore[attr-defined]
+    return int(own) * (1 if here is None else here.size)
 
 
 def text_vec_env(env: VecEnv | None) -> TextVecEnv:

@@ -24,6 +24,8 @@ from textenv.huggingface.weights import from_config, load_whole
 from textenv.rewards.text_model import TextModel
 
 from ..checkpoints.output_folders import check_output, output_folder
+from ..checkpoints.shard_files import replaced_together
+from ..distributed.collectives import once
 from ..models.backbone import check_fits
 from ..small_models.demo_model import model_folder
 from .accuracy import wilson_interval
@@ -132,7 +134,7 @@ def train_classifier(
     from .hf_trainer import random_state_kept, train, training_arguments
 
     work = work_folder(folder)
-    arguments = training_arguments(work, n_epochs, batch_size, learning_rate, seed, progress_bar)
+    arguments = training_arguments(work, n_epochs, batch_size, learning_rate, seed, progress_bar, False)
     with random_state_kept():
         torch.manual_seed(seed)
         model = _build(lm, names)
@@ -149,11 +151,15 @@ def train_classifier(
     training = _measure(reader, texts, labels)
     measured = None if held_out is None else _measure(reader, *held_out)
     reader.tokenizer.model_max_length = reader.max_length  # the reward cuts texts where the training did
-    with output_folder(folder, "classifier", overwrite) as beside:
-        model.save_pretrained(beside)
-        reader.tokenizer.save_pretrained(beside)
-    remove_states(work)
+    with replaced_together(output_folder(folder, "classifier", overwrite)) as beside:
+        once(lambda: _save(model, reader.tokenizer, beside))
+    once(lambda: remove_states(work))
     return ClassifierTraining(Path(folder), n_steps, training, measured)
+
+
+def _save(model: PreTrainedModel, tokenizer: Any, folder: Path) -> None:
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
 
 
 def _check_labels(name: str, data: LabelledTexts, names: Sequence[str]) -> None:

@@ -12,39 +12,61 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
+from ..distributed.world import is_main_process, world
 from ..signals import Interrupts
-from .resumable import States, stop_requests
+from .resumable import States, first_request, stop_requests
 
 
 def training_arguments(
-    work: Path, n_epochs: float, batch_size: int, learning_rate: float, seed: int, progress_bar: bool
+    work: Path,
+    n_epochs: float,
+    batch_size: int,
+    learning_rate: float,
+    seed: int,
+    progress_bar: bool,
+    is_mean_of_tokens: bool,
 ) -> TrainingArguments:
     """Return the arguments of the `Trainer`; it reports to no tracker.
 
     Args:
         work: The folder of the training states.
         n_epochs: The number of passes over the data; may be a fraction.
-        batch_size: The number of rows in a minibatch.
+        batch_size: The number of rows in a minibatch, of all processes together.
         learning_rate: The peak of a cosine schedule that warms up over the first tenth.
         seed: The seed of dropout and the order of the data.
         progress_bar: Whether to show a progress bar.
+        is_mean_of_tokens: Whether the loss is a mean over the labelled tokens of a minibatch, of which each process may
+            have another number, and not over its rows.
+
+    Raises:
+        ValueError: If the number of processes does not divide the number of rows.
     """
-    return TrainingArguments(
+    here = world()
+    size = 1 if here is None else here.size
+    if batch_size % size != 0:
+        raise ValueError(f"Expected batch_size to divide by the {size} processes, got {batch_size}.")
+    arguments = TrainingArguments(
+        use_cpu=here is not None and not torch.cuda.is_available(),  # else accelerate overlooks processes without GPUs
         output_dir=str(work),
         num_train_epochs=n_epochs,
-        per_device_train_batch_size=batch_size,
+        per_device_train_batch_size=batch_size // size,
         learning_rate=learning_rate,
         seed=seed,
-        disable_tqdm=not progress_bar,
+        disable_tqdm=not progress_bar or not is_main_process(),
         lr_scheduler_type="cosine",
         warmup_steps=0.1,  # transformers `TrainingArguments.get_warmup_steps`: below 1, a share of all steps
         weight_decay=0.01,
         save_strategy="no",  # `_Saving` decides when to save, and `States` how many states are kept
         logging_steps=20,
         report_to="none",
+        # For a mean of tokens, the Trainer multiplies the loss by the number of processes: wrong for a mean of rows.
+        average_tokens_across_devices=is_mean_of_tokens,
         remove_unused_columns=False,  # our rows are not dicts, and our own collators read them
         dataloader_pin_memory=torch.cuda.is_available(),
     )
+    if arguments.world_size != size:  # each process would train alone
+        raise RuntimeError(f"Expected transformers' Trainer to see {size} processes, got {arguments.world_size}.")
+    return arguments
 
 
 @contextmanager
@@ -81,11 +103,12 @@ class _Saving(TrainerCallback):
     """Tells the `Trainer` when to save, and to stop after the step in which a signal came."""
 
     def __init__(self, states: States, signals: Interrupts) -> None:
-        self.states, self.signals = states, signals
+        self.states, self.signals, self.number = states, signals, 0
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         # transformers `Trainer` reads both flags after each step: first it saves, then it leaves its loop.
-        is_asked_to_stop = self.signals.number != 0
+        self.number = first_request(self.signals)
+        is_asked_to_stop = self.number != 0
         control.should_save = is_asked_to_stop or self.states.is_due(state.global_step)
         control.should_training_stop = control.should_training_stop or is_asked_to_stop
 
@@ -115,18 +138,19 @@ def train(
     use_cache = vars(model.config).get("use_cache")
     states = States(Path(str(arguments.output_dir)))
     with stop_requests() as signals:
+        saving = _Saving(states, signals)
         trainer = SealedTrainer(
             states,
             model=model,
             args=arguments,
             train_dataset=cast("Any", rows),
             data_collator=cast("Any", collate),
-            callbacks=[_Saving(states, signals)],
+            callbacks=[saving],
         )
         trainer.remove_callback(PrinterCallback)  # which prints each log if there is no progress bar
         steps = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint)).global_step
-    if signals.number and steps < trainer.state.max_steps:
-        raise states.stopped(steps, signals.number)
+    if saving.number and steps < trainer.state.max_steps:
+        raise states.stopped(steps, saving.number)
     if use_cache is not None:
         model.config.use_cache = use_cache
     return steps

@@ -21,6 +21,10 @@ from textenv.checks.json_files import read_json
 
 from ..checkpoints.manifest import newest_intact, numbered, of_our_making, seal
 from ..checkpoints.storage import explain
+from ..distributed.collectives import from_main, gather, once
+from ..distributed.hangs import ProcessLost
+from ..distributed.failures import stop_if_another_failed
+from ..distributed.world import is_main_process
 from ..errors import StageStopped, StorageError
 from ..files import naming, write_text
 from ..policies.optimizers import load_optimizer, optimizer_state
@@ -34,8 +38,22 @@ STATE = "checkpoint"  # states are named "checkpoint-<step>", after transformers
 
 
 def stop_requests() -> Interrupts:
-    """Return a context that notes Ctrl-C, SIGTERM and SIGHUP; a second Ctrl-C or SIGTERM raises KeyboardInterrupt."""
-    return Interrupts(write_line, "step", raise_interrupt)
+    """Return a context that notes Ctrl-C, SIGTERM and SIGHUP; a second Ctrl-C or SIGTERM raises KeyboardInterrupt.
+
+    Of several processes, rank 0 alone says so; once another has failed, a signal ends this one by a `ProcessLost`.
+    """
+
+    def tell(line: str) -> None:
+        stop_if_another_failed()
+        if is_main_process():
+            write_line(line)
+
+    return Interrupts(tell, "step", raise_interrupt)
+
+
+def first_request(signals: Interrupts) -> int:
+    """Return the signal that asked any process to stop, 0 for none; all processes must call it after the same step."""
+    return max(gather("requests to stop", signals.number))
 
 
 def work_folder(folder: str | os.PathLike[str]) -> Path:
@@ -52,7 +70,7 @@ def origin(model: PreTrainedModel, lm: object) -> tuple[str, str | None]:
 def prepare(work: Path, arguments: object, resume: bool) -> Path | None:
     """Return the newest intact state to continue from; without one, make an empty folder of states and return None.
 
-    Damaged states are passed over, each with a warning.
+    Damaged states are passed over, each with a warning. Of several processes, which must all call it, rank 0 looks.
 
     Args:
         work: The folder of states, which `work_folder` returned.
@@ -62,10 +80,20 @@ def prepare(work: Path, arguments: object, resume: bool) -> Path | None:
     Raises:
         ValueError: If the states belong to other arguments or data, or the folder holds anything but states.
     """
+    found: list[Path | None] = [None]
+
+    def look() -> None:
+        found[0] = _prepare(work, arguments, resume)
+
+    once(look)
+    return from_main("the state of a stage", found[0])
+
+
+def _prepare(work: Path, arguments: object, resume: bool) -> Path | None:
     newest, damage = newest_intact(work, STATE) if resume else (None, [])
     goes_on = "training begins anew" if newest is None else f"continuing from {newest}"
     for message in damage:
-        warnings.warn(f"{message.rstrip('.')}; {goes_on}.", stacklevel=3)
+        warnings.warn(f"{message.rstrip('.')}; {goes_on}.", stacklevel=6)
     fingerprint = hashlib.sha256(repr(arguments).encode()).hexdigest()
     mark = work / MARK
     if newest is None:
@@ -87,7 +115,7 @@ def prepare(work: Path, arguments: object, resume: bool) -> Path | None:
 
 
 def remove_states(work: Path) -> None:
-    """Remove the folder of states, its fingerprint last.
+    """Remove the folder of states, its fingerprint last; of several processes, one alone must call it.
 
     A process that is killed in between leaves states that are still known as this stage's, so that `prepare` can
     continue from them or remove them.
@@ -121,24 +149,26 @@ class States:
         return step % SAVE_STEPS == 0 or (self.failure is not None and step % RETRY_STEPS == 0)
 
     def save(self, step: int, write: Callable[[Path], object]) -> None:
-        """Write the state after a step, and its manifest.
+        """Write the state after a step, and its manifest. All processes must call it.
 
         Args:
             step: The number of steps so far.
-            write: A function that writes the state into the folder that it receives.
+            write: A function that writes the state into the folder that it receives; all processes call it.
         """
         folder = self.work / f"{STATE}-{step}"
-        self.failure = None
-        try:
-            shutil.rmtree(folder, ignore_errors=True)  # a killed process may have left half a state here
-            folder.mkdir(parents=True)
-            with naming(folder):
-                write(folder)
-                seal(folder, step)
-        except (OSError, SafetensorError, RuntimeError) as error:  # torch raises RuntimeError for a full disk
-            shutil.rmtree(folder, ignore_errors=True)
-            self.failure = f"The state after step {step} could not be written: {explain(error, folder)}"
+        # Rank 0 makes the folder before the others write into it, and seals it once they have.
+        self.failure = (
+            _together(lambda: _make(folder), folder, is_main_process())
+            or _together(lambda: write(folder), folder, True)
+            or _together(lambda: seal(folder, step), folder, is_main_process())
+        )
+        if self.failure is not None:
+            self.failure = f"The state after step {step} could not be written: {self.failure}"
             warnings.warn(f"{self.failure} Training continues, and saving is tried again.", stacklevel=3)
+        if not is_main_process():
+            return
+        if self.failure is not None:
+            shutil.rmtree(folder, ignore_errors=True)
             return
         for old in [path for path in numbered(self.work, STATE) if path != folder][KEPT - 1 :]:
             shutil.rmtree(old)
@@ -148,6 +178,26 @@ class States:
         if self.failure is not None:
             return StorageError(self.failure)
         return StageStopped(f"stopped after step {step}; `resume=True` continues from there", number)
+
+
+def _make(folder: Path) -> None:
+    """Make an empty folder: a killed process may have left half a state there."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+
+
+def _together(act: Callable[[], object], folder: Path, is_mine: bool) -> str | None:
+    """Do something that writes a state, if it is this process's; return why it failed in any process, None if not."""
+    failure = None
+    if is_mine:
+        try:
+            with naming(folder):
+                act()
+        except ProcessLost:
+            raise
+        except (OSError, SafetensorError, RuntimeError) as error:  # torch raises RuntimeError for a full disk
+            failure = explain(error, folder)
+    return next((other for other in gather("a state", failure) if other is not None), None)
 
 
 class ResumableFit:
@@ -186,16 +236,18 @@ class ResumableFit:
             StageStopped: After a signal, once the state is saved.
             StorageError: After a signal, if the state could not be saved.
         """
-        step = len(losses)
-        must_stop = self.interrupts.number != 0 and step < n_steps
+        step, number = len(losses), first_request(self.interrupts)
+        must_stop = number != 0 and step < n_steps
         if must_stop or self.states.is_due(step):
             self.states.save(step, lambda folder: write_state(folder, model, optimizer, losses))
         if must_stop:
-            raise self.states.stopped(step, self.interrupts.number)
+            raise self.states.stopped(step, number)
 
 
 def write_state(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, losses: list[Tensor]) -> None:
-    """Write weights, optimizer and the loss of each step so far into a folder."""
+    """Write weights, optimizer and the loss of each step so far into a folder; of several processes, rank 0 does."""
+    if not is_main_process():
+        return
     tensors, groups = optimizer_state(optimizer)
     files = {"model": dict(_weights(model)), "optimizer": tensors, "losses": {"losses": torch.stack(losses)}}
     for name, content in files.items():

@@ -27,6 +27,8 @@ from textenv.rewards.reward_stats import RewardStats
 from textenv.rewards.text_reader import ReadAs, Scored, TextReader, longest
 
 from ..checkpoints.output_folders import check_output, output_folder
+from ..checkpoints.shard_files import replaced_together
+from ..distributed.collectives import once
 from ..models.backbone import check_fits
 from ..models.critic import check_causal, score_head
 from ..models.layers import disable_dropout, fuse_activations, keep_first_layers, trunk_of
@@ -38,6 +40,7 @@ from .ranking_data import Example, check_data, common_closing, encode_all
 from .resumable import ResumableFit, origin, prepare, remove_states, work_folder
 from .reward_losses import Loss, loss_at_last, loss_at_tokens
 from .score_head_fit import fit_score_head
+from .shared_loss import shared_loss
 
 Trained: TypeAlias = Literal["all", "head"]
 DEFAULT_MAX_TOKENS = 1024  # for models without a limit of positions (BLOOM's ALiBi)
@@ -162,7 +165,7 @@ def train_reward_model(
         losses = fit(
             model,
             similar_lengths(lengths, batch_size, np.random.default_rng(seed)),
-            lambda indices: _loss(model, [examples[i] for i in indices], loss, centring),
+            shared_loss(model, lambda indices: _loss(model, [examples[i] for i in indices], loss, centring)),
             n_steps,
             learning_rate,
             description="reward model",
@@ -172,14 +175,12 @@ def train_reward_model(
         scores = _scores(model, [ids for example in examples for ids in example.ids], batch_size)
     replace(read_as, closing=common_closing(tokenizer, examples)).store(model.config)
     stats = RewardStats(float(scores.mean()), max(float(scores.std()), 1e-6))  # equal scores: nothing to divide by
-    with output_folder(folder, "reward model", overwrite) as beside:
-        model.save_pretrained(beside)
-        saved = copy.deepcopy(tokenizer)
-        saved.model_max_length = limit  # a reward cuts texts where the training did
-        saved.save_pretrained(beside)
-        stats.save(beside)
+    saved = copy.deepcopy(tokenizer)
+    saved.model_max_length = limit  # a reward cuts texts where the training did
+    with replaced_together(output_folder(folder, "reward model", overwrite)) as beside:
+        once(lambda: _save(model, saved, stats, beside))
     if train == "all":
-        remove_states(work)
+        once(lambda: remove_states(work))
     measured = _measure(model, tests, loss, centring, batch_size) if tests else None
     return RewardTraining(Path(folder), losses.cpu().numpy(), stats, measured)
 
@@ -246,6 +247,12 @@ def score_texts(
     scores = _scores(model, ids, batch_size)
     model.train(was_training)
     return scores
+
+
+def _save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, stats: RewardStats, folder: Path) -> None:
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    stats.save(folder)
 
 
 def read_scores(model: PreTrainedModel, ids: Tensor, is_real: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ import copy
 import math
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple, cast
 
 import torch
@@ -22,6 +23,8 @@ from textenv.huggingface.weights import from_pretrained
 from textenv.text.tokenizer import Tokenizer
 
 from ..checkpoints.output_folders import check_output, output_folder
+from ..checkpoints.shard_files import replaced_together
+from ..distributed.collectives import once
 from ..models.backbone import check_fits
 from ..models.pretrained import LMLike, build_model
 from ..models.probe import PROBE_LENGTH, close
@@ -103,7 +106,7 @@ def tune(
         held_out: Data that is not trained on, to measure the loss before and after.
         packing: Whether several texts share a row of `max_tokens`, without attending to each other, to save padding.
         n_epochs: The number of passes over the data; may be a fraction.
-        batch_size: The number of rows in a minibatch.
+        batch_size: The number of rows in a minibatch, of all processes together.
         learning_rate: The peak of a cosine schedule that warms up over the first tenth.
         max_tokens: The most tokens of a row; by default the model's number of positions. Longer texts are split, and
             longer pairs lose the start of the prompt.
@@ -134,7 +137,7 @@ def tune(
     from .hf_trainer import random_state_kept, train, training_arguments
 
     work = work_folder(folder)
-    arguments = training_arguments(work, n_epochs, batch_size, learning_rate, seed, progress_bar)
+    arguments = training_arguments(work, n_epochs, batch_size, learning_rate, seed, progress_bar, True)
     with random_state_kept():
         torch.manual_seed(seed)
         lm, tokenizer = _with_tokenizer(lm, tokenizer, data)
@@ -156,11 +159,15 @@ def tune(
         model.eval()
         after = mean_loss(model, tests, batch_size) if tests else None
         train_loss = mean_loss(model, rows[:N_MEASURED], batch_size)
-    with output_folder(folder, "language model", overwrite) as beside:
-        model.save_pretrained(beside)
-        tokenizer.save_pretrained(beside)
-    remove_states(work)
+    with replaced_together(output_folder(folder, "language model", overwrite)) as beside:
+        once(lambda: _save(model, tokenizer, beside))
+    once(lambda: remove_states(work))
     return Tuned(folder, n_steps, train_loss, before, after)
+
+
+def _save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
 
 
 @torch.no_grad()

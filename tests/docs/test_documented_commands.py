@@ -18,6 +18,7 @@ import gymnasium
 import pytest
 
 from agents.cli import main as cli
+from agents.cli.processes import TOGETHER
 from agents.runs.folder import RunFolder
 from agents.zoo import main as zoo
 from tests.helpers import documented
@@ -109,6 +110,9 @@ def textenv(words, monkeypatch):
         rest = [str(ROOT) if word == "RUN" else word for word in rest]
     if "--key" in rest:  # a placeholder for any option
         del rest[rest.index("--key") : rest.index("--key") + 2]
+    if "--processes" in rest:  # which would start them
+        assert verb in TOGETHER and rest[rest.index("--processes") + 1].isdecimal()
+        del rest[rest.index("--processes") : rest.index("--processes") + 2]
     called = []
     module, *engines = ENGINES[verb]
     with monkeypatch.context() as patch:
@@ -191,9 +195,11 @@ def accelerate(words, monkeypatch):
 
 
 def launched(parser, words, monkeypatch):
-    has_script = any(word.endswith(".py") for word in words)
+    has_script = any(word.endswith(".py") for word in words) or "agents.cli" in words
     args = parser.parse_args(words if has_script else [*words, "train.py"])
     script = args.training_script
+    if args.module:
+        return textenv(args.training_script_args, monkeypatch) if script == "agents.cli" else f"no module {script}"
     return 0 if script == "train.py" else python([script, *args.training_script_args], monkeypatch)
 
 

@@ -9,6 +9,7 @@ import time
 import traceback
 
 from agents.distributed import world
+from tests.agents.cli import several
 from tests.agents.distributed import device_jobs, loading_jobs
 from tests.helpers import advantage_jobs, group_jobs, jobs, mistakes, surrogate_jobs, value_jobs
 from tests.helpers.command import ROOT
@@ -16,7 +17,7 @@ from tests.helpers.command import ROOT
 # Children are forked from a server that has imported everything once and has never run a backward pass: the threads
 # that a backward pass starts do not survive a fork.
 CONTEXT = multiprocessing.get_context("forkserver")
-MODULES = (mistakes, advantage_jobs, surrogate_jobs, group_jobs, value_jobs, jobs, loading_jobs, device_jobs)
+MODULES = (several, mistakes, advantage_jobs, surrogate_jobs, group_jobs, value_jobs, jobs, loading_jobs, device_jobs)
 JOBS = {name: job for module in MODULES for name, job in vars(module).items()}
 CONTEXT.set_forkserver_preload([module.__name__ for module in MODULES])
 

@@ -9,9 +9,8 @@ import yaml
 
 from agents import word_tokenizer
 from agents.cli import trained_model as verbs
-from agents.cli.main import HANDLED
 from agents.configuration.config import EnvConfig, Named
-from agents.errors import CommandError
+from agents.errors import HANDLED, CommandError
 from agents.evaluation.generation import no_reward
 from agents.runs.assemble import make_env, make_metric
 from agents.runs.exit_codes import as_command_error

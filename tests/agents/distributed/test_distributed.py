@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from agents import GSPO, ClipHigher, DataParallel, Sharded
-from agents.cli import main as cli
 from agents.distributed.collectives import ProcessLost
 from agents.distributed.world import world
 from tests.helpers.models import seldom
@@ -192,12 +191,6 @@ def test_one_process_has_nothing_of_it(monkeypatch):
     model.learn(16, callback=DataParallel())
     assert world() is None and not torch.distributed.is_initialized() and model.policy.shared is None
     assert model.rollout_buffer.before_returns == [] and next(model.rollout_buffer.get()).observations.share is None
-
-
-def test_the_command_wants_one_process(monkeypatch, capfd):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    assert cli.main(["train"]) == 2
-    assert "Expected one process, got WORLD_SIZE=2" in capfd.readouterr().err
 
 
 @pytest.mark.slow

@@ -1,0 +1,194 @@
+"""The command in several processes: what it trains, writes and prints is what one process does."""
+
+import json
+import math
+import re
+import subprocess
+import sys
+
+import pytest
+from safetensors.numpy import load_file
+
+from tests.agents.distributed.test_distributed import SAME, largest_difference
+from tests.helpers.command import ROLLOUT, environment, rows, settings, small_model
+from tests.helpers.models import seldom
+from tests.helpers.processes import free_port, launch
+from textenv import demo
+
+N_ROLLOUTS = 2
+# Figures of the episodes of one process, which are averaged: those of all episodes together are others.
+OF_EACH = ("text/distinct", "text/repetition", "prompt/", "episode/reward_std", "episode/count", "train/explained_var")
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A folder with a model."""
+    folder = tmp_path_factory.mktemp("several")
+    small_model(folder / "small")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained(home):
+    """Return a function that trains the same run in any number of processes, once; it returns its folder."""
+    done = {}
+
+    def train(size):
+        if size not in done:
+            folder = home / f"of_{size}"
+            # AdamW divides small gradients by their own size, and so the rounding of sums in another order, too.
+            rate = {"algorithm.learning_rate": 5e-4}
+            words = ["train", *settings(home / "small", folder, N_ROLLOUTS, **rate)]
+            done[size] = folder, launch(size, "run_command", words, True)
+        return done[size]
+
+    return train
+
+
+SIZES = [2, pytest.param(4, marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_the_run_is_that_of_one_process(size, trained):
+    """Weights, evaluations and samples are the same, and so are the rows of figures, once."""
+    (one, alone), (several, results) = trained(1), trained(size)
+    assert [code for code, *_ in (*alone, *results)] == [0] * (1 + size), results
+    weights = [load_file(folder / "model" / "model.safetensors") for folder in (one, several)]
+    assert largest_difference(*weights) < SAME
+    before = load_file(one.parent / "small" / "model.safetensors")
+    assert largest_difference(before, weights[0]) > 1000 * SAME, "it learns something"
+    first, second = rows(one), rows(several)
+    assert [row["tokens"] for row in first] == [row["tokens"] for row in second] == [0, ROLLOUT, 2 * ROLLOUT]
+    for mine, theirs in zip(first, second):
+        assert mine.keys() == theirs.keys()
+        figures = {name for name in mine if not name.startswith(OF_EACH)}
+        assert len(figures) > 15 or mine["tokens"] == 0
+        for name in figures:
+            same = mine[name] if isinstance(mine[name], str) else pytest.approx(mine[name], rel=1e-4, abs=1e-6)
+            assert theirs[name] == same, name
+    assert rows(one, "samples.jsonl") == rows(several, "samples.jsonl")
+    for name in ("results.md", "config.yml"):
+        assert (one / name).read_text().replace(str(one), str(several)) == (several / name).read_text()
+
+
+def test_one_process_speaks(trained):
+    """Rank 0 prints what one process prints, and the other nothing; there is one folder."""
+    (one, ((_, alone, _),)), (two, ((_, out, err), (_, *other))) = trained(1), trained(2)
+    plain = [re.sub(r"tokens/s +\d+|left \S+", "", text.replace(str(two), str(one))) for text in (alone, out)]
+    assert plain[0] == plain[1] and other == ["", ""] and "Traceback" not in err
+    assert {path.name for path in one.iterdir()} == {path.name for path in two.iterdir()}
+    assert len((two / "report.html").read_text()) > 10_000
+    about = json.loads((two / "run.json").read_text())
+    assert about["versions"]["textenv"] and not list(two.glob(".*partial*"))
+
+
+@pytest.mark.parametrize("size", [1, pytest.param(4, marks=pytest.mark.slow)])
+def test_it_goes_on_in_another_number_of_processes(size, home, trained):
+    """The run of 2 processes is continued by others: each row once, and one warning of what is lost."""
+    run = home / f"on_by_{size}"
+    stopped = launch(2, "run_command", ["train", *settings(home / "small", run, 2)])
+    more = ["train", "--resume", run, "--total_tokens", 4 * ROLLOUT, "--change", "total_tokens"]
+    results = launch(size, "run_command", more)
+    assert [code for code, *_ in (*stopped, *results)] == [0] * (2 + size), results
+    assert [row["tokens"] for row in rows(run)] == [n * ROLLOUT for n in range(5)]
+    said = [text for _, out, _ in results for text in re.findall("warning: The checkpoint was written by .*", out)]
+    assert len(said) == 1 and f"by 2 processes and is loaded by {size}" in said[0]
+    assert all(math.isfinite(row["train/loss"]) for row in rows(run)[1:])
+
+
+def test_texts_and_evaluations_do_not_depend_on_the_number_of_processes(home, trained, monkeypatch):
+    """Four prompts a share: the same lines in the same order, the same table, the same file; printed once."""
+    run, _ = trained(1)
+    (home / "prompts.txt").write_text("\n".join(["this phone is", "the lamp was", "a good", "the", "my phone"] * 2))
+    generate = ["generate", run, "--prompts", home / "prompts.txt", "--n", 2, "--max_new_tokens", 5]
+    evaluate = ["evaluate", run, "--n_prompts", 10, "--metrics", "[distinct]"]
+    found = {}
+    for size in (1, 2):
+        lines = launch(size, "run_shares_of_four", generate)
+        table = launch(size, "run_shares_of_four", evaluate)
+        assert [code for code, *_ in (*lines, *table)] == [0] * 2 * size, (lines, table)
+        assert all(out == "" for _, out, _ in (*lines[1:], *table[1:]))
+        found[size] = lines[0][1], table[0][1], (run / "evaluation.json").read_bytes()
+    assert found[1] == found[2] and found[1][0].count("\n") == 20 and "| reward |" in found[1][1]
+    whole = launch(1, "run_command", generate)[0][1]
+    assert whole != found[1][0], "a control: other shares draw other texts"
+
+
+STAGES = {  # the words after each verb, without the folder and the model
+    "sft": ["--data", "texts.txt", "--held_out", "texts.txt", "--batch_size", 4, "--n_epochs", 2],
+    "classifier": ["--data", "labelled.jsonl", "--batch_size", 4, "--n_epochs", 2],
+    "reward-model": ["--data", "pairs.jsonl", "--batch_size", 4, "--n_epochs", 2],
+}
+
+
+@pytest.fixture(scope="module")
+def data(home):
+    """The folder with the data of the stages."""
+    (home / "texts.txt").write_text("\n".join(demo.reviews(16)))
+    things = ("lamp", "phone", "blue lamp", "old black phone")
+    pairs = [{"prompt": f"the {thing} was ", "chosen": "great .", "rejected": "awful ."} for thing in things] * 4
+    (home / "pairs.jsonl").write_text("\n".join(map(json.dumps, pairs)))
+    labelled = [{"text": f"the {thing} was {word} .", "label": word} for thing in things for word in ("great", "awful")]
+    (home / "labelled.jsonl").write_text("\n".join(map(json.dumps, labelled * 2)))
+    return home
+
+
+@pytest.mark.parametrize(
+    "verb", [pytest.param("sft", marks=pytest.mark.slow), "reward-model", *seldom(["classifier"], 1)]
+)
+def test_a_stage_trains_as_one_process_does(verb, data):
+    """The same weights, with the rows of a minibatch shared; one folder, and one voice."""
+    folders, printed = {}, {}
+    for size in (1, 2):
+        folders[size] = data / f"{verb}_{size}"
+        words = [data / word if str(word) in DATA else word for word in STAGES[verb]]
+        words = [verb, "--model", data / "small", "--out", folders[size], "--quiet", "--learning_rate", 1e-3, *words]
+        results = launch(size, "run_command", words)
+        assert [code for code, *_ in results] == [0] * size, results
+        assert all(out == err == "" for _, out, err in results[1:])
+        printed[size] = re.sub(r"\d+\.\d+", lambda found: f"{float(found[0]):.2f}", results[0][1])
+    one, two = (load_file(folders[size] / "model.safetensors") for size in (1, 2))
+    assert largest_difference(one, two) < 10 * SAME, "AdamW divides small gradients by their own size"
+    start = load_file(data / "small" / "model.safetensors")
+    assert max(abs(one[name] - start[name]).max() for name in one.keys() & start.keys()) > 1000 * SAME
+    assert printed[1].replace(str(folders[1]), str(folders[2])) == printed[2]
+    assert not (data / f".{folders[2].name}.training").exists()
+
+
+DATA = ("texts.txt", "labelled.jsonl", "pairs.jsonl")
+
+
+@pytest.mark.slow
+def test_seeds_are_trained_in_turn_each_as_alone(home):
+    seeds, alone = home / "seeds", home / "alone"
+    results = launch(2, "run_command", ["train", *settings(home / "small", seeds, 1), "--seeds", 0, 1], timeout=120)
+    assert [code for code, *_ in results] == [0, 0] and results[0][1].count("seeds.md") == 1, results
+    launch(2, "run_command", ["train", *settings(home / "small", alone, 1), "--seed", 1])
+    weights = [load_file(folder / "model" / "model.safetensors") for folder in (seeds / "seed_1", alone)]
+    assert largest_difference(*weights) == 0
+    assert (seeds / "seeds.md").is_file() and (seeds / "report.html").is_file()
+
+
+@pytest.mark.slow
+def test_the_launchers_start_real_processes(home):
+    """`--processes`, torchrun and accelerate give the same run."""
+    folders = []
+    for name, words in LAUNCHERS.items():
+        folders.append(home / name)
+        training = ["train", *settings(home / "small", folders[-1], 1)]
+        command = [sys.executable, "-m", *(word.replace("PORT", str(free_port())) for word in words), *training]
+        command += ["--processes=2"] if name == "processes" else []
+        done = subprocess.run(command, env=environment(), cwd=home, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+    assert rows(folders[0]) == rows(folders[1]) == rows(folders[2])
+
+
+PORTS = {"torchrun": "--master_port=PORT", "accelerate": "--main_process_port=PORT"}
+LAUNCHERS = {
+    "processes": ["agents.cli"],
+    "torchrun": ["torch.distributed.run", "--nproc_per_node=2", PORTS["torchrun"], "-m", "agents.cli"],
+    "accelerate": [
+        *("accelerate.commands.launch", "--multi_gpu", "--num_processes=2", "--num_machines=1", "--mixed_precision=no"),
+        *("--dynamo_backend=no", PORTS["accelerate"], "-m", "agents.cli"),
+    ],
+}

@@ -22,8 +22,8 @@ from textenv.checks.json_files import read_json
 from ..checkpoints.manifest import newest_intact, numbered, of_our_making, seal
 from ..checkpoints.storage import explain
 from ..distributed.collectives import from_main, gather, once
-from ..distributed.hangs import ProcessLost
 from ..distributed.failures import stop_if_another_failed
+from ..distributed.hangs import ProcessLost
 from ..distributed.world import is_main_process
 from ..errors import StageStopped, StorageError
 from ..files import naming, write_text

@@ -33,7 +33,7 @@ VERB_GROUPS = {
 GROUPS: dict[type, dict[str, tuple[str, ...]]] = {
     TrainConfig: {
         READ: ("help", "config", "print_config"),
-        START: ("dry_run", "seeds", "processes", "resume", "change", "overwrite", "watch", "quiet", "json"),
+        START: ("dry_run", "seeds", "processes", "timeout", "resume", "change", "overwrite", "watch", "quiet", "json"),
         "fit the critic": ("rollouts", "n_epochs", "batch_size", "learning_rate"),
         "search for the best settings": ("trials", "tune"),
         "choose the task and its reward": ("env",),
@@ -85,7 +85,7 @@ GROUPS: dict[type, dict[str, tuple[str, ...]]] = {
     },
     StageConfig: {
         READ: ("help", "config", "print_config"),
-        START: ("processes", "resume", "overwrite", "quiet"),
+        START: ("processes", "timeout", "resume", "overwrite", "quiet"),
         "choose the model to train from": ("model", "fresh", "fresh_tokenizer", "tokenizer", "first_layers", "train"),
         "choose the data": (
             "data",

@@ -129,8 +129,9 @@ def _run(name: str, words: list[str]) -> int:
         return int(getattr(import_module(module), function)(*arguments))
 
     if is_one_of_several():
-        from .processes import take_part  # which loads torch
+        from .processes import set_timeout, take_part  # which load torch
 
+        set_timeout(words)
         return take_part(name, lambda: VERBS[name].read(name, words), do)
     return do(*VERBS[name].read(name, words))
 

@@ -316,14 +316,17 @@ class TrustOptions:
 
 @dataclass
 class ProcessOptions(TrustOptions):
-    """The option of the verbs that several processes can run together: only the command line has it.
+    """The options of the verbs that several processes can run together: only the command line has them.
 
     Args:
         processes: Start this many processes on this machine, which do the work together, each on a GPU of its own or on
             its share of the CPU; for several machines use torchrun -m agents.cli. Without it, one process.
+        timeout: With several processes, the seconds after which one that hangs is named and all end, instead of the
+            variable TEXTENV_TIMEOUT; by default 1800. A reward that waits for people does not count.
     """
 
     processes: str | None = field(default=None, metadata={"metavar": "N"})
+    timeout: float | None = None
 
 
 @dataclass

@@ -16,7 +16,12 @@ from textenv.text.named_tokenizer import read_tokenizer
 
 DOCS = ROOT / "docs"
 SCALE = {"docs/engines.md", "docs/scaling.md"}  # engines and several processes: run in tests/agents, parsed here
-PAGES = sorted(path.relative_to(ROOT).as_posix() for path in DOCS.rglob("*.md") if "```python" in path.read_text())
+# docs/zh/ has the blocks of the English pages, as test_chinese.py shows.
+PAGES = sorted(
+    path.relative_to(ROOT).as_posix()
+    for path in DOCS.rglob("*.md")
+    if "```python" in path.read_text(encoding="utf-8") and DOCS / "zh" not in path.parents
+)
 GROUPS = "docs/losses.md"  # its blocks use a reader's own env and models
 
 

@@ -1,7 +1,7 @@
 """The pages of the site that are not written in docs/: those of other folders, and those made from the code.
 
-mkdocs calls the two functions at the end, which mkdocs.yml names under `hooks`. Nothing else here depends on mkdocs, so
-that another generator can take the same pages.
+mkdocs calls the three functions at the end, which mkdocs.yml names under `hooks`. Nothing else here depends on mkdocs,
+so that another generator can take the same pages.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import contextlib
 import io
+import logging
 import os
 import posixpath
 import re
@@ -259,8 +260,14 @@ def generated_pages() -> dict[str, str]:
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Add the pages and pictures that are not in docs/."""
+    """Add the pages and pictures that are not in docs/; without jieba, warn, which ends a strict build."""
     from mkdocs.structure.files import File
+
+    if find_spec("jieba") is None:  # without which the theme says nothing, and takes whole sentences for words
+        logging.getLogger("mkdocs.hooks").warning(
+            "Expected the package jieba, which finds the words of Chinese pages for the search, got none: "
+            'pip install -c constraints.txt -e ".[docs]"'
+        )
 
     for made in (pages_elsewhere, generated_pages):  # `mkdocs serve` builds anew after each change
         made.cache_clear()
@@ -275,3 +282,9 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     """Turn links to files of the repository into links of the site, and put the drawings in."""
     name = page.file.src_uri
     return markdown if name in generated_pages() else with_figures(with_links(markdown, name))
+
+
+def on_post_page(output: str, page: Page, config: MkDocsConfig) -> str:
+    """Declare Chinese pages as Chinese: browsers choose fonts by it, and screen readers their voice."""
+    is_chinese = page.file.src_uri.startswith("zh/")
+    return output.replace('<html lang="en"', '<html lang="zh-Hans"', 1) if is_chinese else output

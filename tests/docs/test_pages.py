@@ -3,6 +3,7 @@
 import ast
 import importlib.util
 from contextlib import suppress
+from types import SimpleNamespace
 
 import pytest
 
@@ -89,6 +90,15 @@ def test_links_of_the_repository_become_links_of_the_site(pages):
     moved = pages.with_links("[a](../../examples/masked_json.py)", "guides/masks.md")
     assert moved == "[a](../examples/masked_json.py.md)"
     assert pages.with_links("| `a \\| b` |", "guides/masks.md") == "| `a | b` |"
+
+
+def test_the_chinese_pages_say_that_they_are_chinese(pages):
+    def page(name):
+        return SimpleNamespace(file=SimpleNamespace(src_uri=name))
+
+    html = '<html lang="en" class="no-js">'
+    assert pages.on_post_page(html, page("zh/index.md"), None) == '<html lang="zh-Hans" class="no-js">'
+    assert pages.on_post_page(html, page("index.md"), None) == html
 
 
 def test_docstrings_become_markdown():

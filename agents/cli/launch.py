@@ -12,11 +12,13 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 from types import FrameType
+from typing import cast
 
 import torch
 import torch.distributed as dist
 
 from ..distributed.failures import FAILURE, Failure, publish
+from ..distributed.hangs import VARIABLE, check_seconds
 from ..distributed.world import store_of_attempt
 from ..errors import CommandError, Exit
 from .ending import say
@@ -39,9 +41,10 @@ def launch(words: Sequence[str]) -> int:
         words: The words after `textenv`.
 
     Raises:
-        CommandError: If the number is not one, or a launcher has started this process already.
+        CommandError: If the number is not one, or --timeout is no positive number.
     """
     n, rest = _number(words)
+    _timeout(words)  # so that it is refused once, before any process starts
     if n == 1:
         environments: list[dict[str, str]] = [{}]
         return _Processes(rest, environments, None).wait()
@@ -54,6 +57,35 @@ def launch(words: Sequence[str]) -> int:
             LOOPBACK, port, is_master=True, wait_for_workers=False, master_listen_fd=os.dup(listening.fileno())
         )
         return _Processes(rest, [_environment(rank, n, port) for rank in range(n)], store).wait()
+
+
+def set_timeout(words: Sequence[str]) -> None:
+    """Set the timeout of this process's job to that of the option --timeout, before it meets the others.
+
+    Args:
+        words: The words of the command.
+
+    Raises:
+        CommandError: If it is not a positive number of seconds.
+    """
+    if (text := _timeout(words)) is not None:
+        os.environ[VARIABLE] = text
+
+
+def _timeout(words: Sequence[str]) -> str | None:
+    """Return the seconds of --timeout, which are checked; None without it."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--timeout")
+    try:
+        found = parser.parse_known_args(list(words))[0].timeout
+    except argparse.ArgumentError:  # without a value: the verb's own parser says so
+        return None
+    if found is not None:
+        try:
+            check_seconds("--timeout", found)
+        except ValueError as error:
+            raise CommandError(str(error)) from error
+    return cast("str | None", found)
 
 
 def _number(words: Sequence[str]) -> tuple[int, list[str]]:

@@ -129,7 +129,8 @@ def _run(name: str, words: list[str]) -> int:
         return int(getattr(import_module(module), function)(*arguments))
 
     if is_one_of_several():
-        from .processes import set_timeout, take_part  # which load torch
+        from .launch import set_timeout  # here and below: what loads torch
+        from .processes import take_part
 
         set_timeout(words)
         return take_part(name, lambda: VERBS[name].read(name, words), do)

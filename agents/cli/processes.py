@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 import traceback
@@ -16,7 +15,6 @@ from textenv import __version__
 
 from ..distributed.collectives import gather
 from ..distributed.failures import Failure, consequence, fail_first, said
-from ..distributed.hangs import VARIABLE, timeout_from_environment
 from ..distributed.world import World, joined, world
 from ..errors import HANDLED, CommandError, CommonError, Exit
 from ..runs.changed_keys import differences
@@ -61,30 +59,6 @@ def take_part(verb: str, read: Callable[[], tuple[Any, ...]], do: Callable[..., 
             raise lost from error
         write_line(traceback.format_exc())
         raise as_command_error(error, Path.cwd()) from error
-
-
-def set_timeout(words: Sequence[str]) -> None:
-    """Set the timeout of this process's job to that of the option --timeout, before it meets the others.
-
-    Args:
-        words: The words after the verb.
-
-    Raises:
-        CommandError: If it is not a positive number of seconds.
-    """
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    parser.add_argument("--timeout")
-    try:
-        text = parser.parse_known_args(list(words))[0].timeout
-    except argparse.ArgumentError:  # without a value: the verb's own parser says so
-        return
-    if text is None:
-        return
-    os.environ[VARIABLE] = text
-    try:
-        timeout_from_environment()
-    except ValueError as error:
-        raise CommandError(f"Expected --timeout to be a positive number of seconds, got {text!r}.") from error
 
 
 @contextmanager

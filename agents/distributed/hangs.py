@@ -46,13 +46,25 @@ def timeout_from_environment() -> float:
     Raises:
         ValueError: If it is not a positive number.
     """
-    text = os.environ.get(VARIABLE, str(TIMEOUT))
+    return check_seconds(VARIABLE, os.environ.get(VARIABLE, str(TIMEOUT)))
+
+
+def check_seconds(name: str, text: str) -> float:
+    """Return the seconds that a text says.
+
+    Args:
+        name: The variable or option that holds the text.
+        text: The text.
+
+    Raises:
+        ValueError: If it is not a positive number.
+    """
     try:
         seconds = float(text)
     except ValueError:
         seconds = 0.0
     if not 0 < seconds < float("inf"):
-        raise ValueError(f"Expected {VARIABLE} to be a positive number of seconds, got {text!r}.")
+        raise ValueError(f"Expected {name} to be a positive number of seconds, got {text!r}.")
     return seconds
 
 

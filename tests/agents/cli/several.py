@@ -162,5 +162,6 @@ FAULTS = {
     "out of memory": lambda rank: in_an_update(rank, lambda: fail(MemoryError("1 TB"))),
     "out of device memory": lambda rank: in_an_update(rank, lambda: fail(torch.OutOfMemoryError("CUDA out of memory"))),
     "a bug": lambda rank: in_an_update(rank, lambda: fail(AttributeError("no such thing"))),
+    "hang": lambda rank: in_an_update(rank, lambda: time.sleep(60)),
     "full disk": full_disk,
 }

@@ -116,6 +116,13 @@ CASES = {  # what is wrong, by name: the fault, the words, the exit code, and th
         "by the 2 processes, got 1",
     ),
     "a verb for one": (None, ["tune", "x.yml"], 2, "Expected one process for textenv tune, got 2: start the same"),
+    "no seconds": (
+        None,
+        [*train(), "--timeout=-1"],
+        2,
+        "Expected --timeout to be a positive number of seconds, got '-1'",
+    ),
+    "a hang": ("hang", [*train(), "--timeout=3"], 1, "rank 1 .*several.py"),
     "no number": (None, ["train"], 2, "Expected --processes to be a number of 1 or more, got 'two'"),
 }
 

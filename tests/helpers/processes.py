@@ -9,13 +9,14 @@ import time
 import traceback
 
 from agents.distributed import world
+from tests.agents.distributed import prompt_jobs
 from tests.helpers import advantage_jobs, group_jobs, jobs, mistakes, surrogate_jobs, value_jobs
 from tests.helpers.command import ROOT
 
 # Children are forked from a server that has imported everything once and has never run a backward pass: the threads
 # that a backward pass starts do not survive a fork.
 CONTEXT = multiprocessing.get_context("forkserver")
-MODULES = (mistakes, advantage_jobs, surrogate_jobs, group_jobs, value_jobs, jobs)
+MODULES = (mistakes, advantage_jobs, surrogate_jobs, group_jobs, value_jobs, prompt_jobs, jobs)
 JOBS = {name: job for module in MODULES for name, job in vars(module).items()}
 CONTEXT.set_forkserver_preload([module.__name__ for module in MODULES])
 

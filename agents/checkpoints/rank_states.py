@@ -25,8 +25,8 @@ OWN_META = ("episodes", "env", "python_random", "numpy_random", "minibatches", "
 def add_other_ranks(tensors: dict[str, dict[str, Tensor]], meta: dict[str, Any]) -> None:
     """Add the states of the other processes to those of rank 0, in place; all processes must call it.
 
-    The tensors of rank r get the names "rank<r>_<name>"; its other states become an entry of the list "ranks". The table
-    of prompts drawn by priority is the same in all processes, and is written with rank 0 alone.
+    The tensors of rank r get the names "rank<r>_<name>"; its other states become an entry of the list "ranks". The
+    table of prompts drawn by priority is the same in all processes, and is written with rank 0 alone.
     """
     if not is_main_process():
         cursor = {name: part for name, part in meta["env"]["cursor"].items() if name != TABLE}

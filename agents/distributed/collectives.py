@@ -18,6 +18,7 @@ from .world import AGREE, World, is_main_process, world
 Value = TypeVar("Value")
 Owner = TypeVar("Owner")
 
+AN_ERROR = "an error"  # the name of what `raise_together` gathers
 ANSWER_SECONDS = 5.0  # how long processes have to show that they are alive once one seems lost
 
 
@@ -35,7 +36,8 @@ def gather(name: str, value: Value) -> list[Value]:
         value: The value of this process: anything that can be pickled.
 
     Raises:
-        ProcessLost: If another process has ended, with its rank.
+        ProcessLost: If another process has ended, with its rank, or waits in `raise_together` with an error, with the
+            error's text.
         RuntimeError: If another process has called it with another name.
 
     Example:
@@ -58,6 +60,11 @@ def gather(name: str, value: Value) -> list[Value]:
         here.turns[turn]()  # another process takes its turn: help it, and then gather again
     if turn is not None:
         return [value]  # this process takes the turn, and the others help: their names differ
+    if name == AN_ERROR and value is not None:
+        return [value]  # this process raises its own
+    for rank, (theirs, text) in enumerate(answers):
+        if theirs == AN_ERROR != name and text is not None:
+            raise _stopped(rank, here.size, text)
     for rank, (theirs, _) in enumerate(answers):
         if theirs != name:
             raise RuntimeError(
@@ -110,7 +117,8 @@ def from_main(name: str, value: Value) -> Value:
 def raise_together(error: Exception | None) -> None:
     """Raise this process's error, and a `ProcessLost` that quotes it in the other processes.
 
-    All processes must call it, so that none keeps waiting for one that has failed.
+    All processes must call it, so that none keeps waiting for one that has failed. A process that fails where the
+    others do not call it may call it as well: it waits until they reach their next `gather`, which raises there.
 
     Args:
         error: The error of this process; None if all went well.
@@ -119,12 +127,16 @@ def raise_together(error: Exception | None) -> None:
         Exception: `error`, unless it is None.
         ProcessLost: In the other processes, with the rank and the error's text.
     """
-    texts = gather("an error", None if error is None else f"{type(error).__name__}: {error}")
+    texts = gather(AN_ERROR, None if error is None else f"{type(error).__name__}: {error}")
     if error is not None:
         raise error
     for rank, text in enumerate(texts):
         if text is not None:
-            raise ProcessLost(f"Rank {rank} of {len(texts)} processes stopped: {text}")
+            raise _stopped(rank, len(texts), text)
+
+
+def _stopped(rank: int, size: int, text: str) -> ProcessLost:
+    return ProcessLost(f"Rank {rank} of {size} processes stopped: {text}")
 
 
 def once(write: Callable[[], Any]) -> None:

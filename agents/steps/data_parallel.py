@@ -32,7 +32,7 @@ BUFFER_SETTINGS = ("advantage", "critic_lambda", "lambda_alpha", "normalize_adva
 # Counts are added up; other figures are averaged.
 SUMMED = (
     *("episode/dropped", "episode/failed", "time/prefill_tokens", "time/shared_tokens"),
-    *("groups/dropped", "groups/trained", "groups/extra_tokens"),
+    *("groups/dropped", "groups/trained", "groups/extra_tokens", "engine/calls"),
 )
 ROLLOUT_SECONDS = "time/rollout_seconds"
 

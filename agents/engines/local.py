@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..distributed.collectives import from_main, gather, once, raise_together
+from ..distributed.collectives import from_main, gather, once
 from ..distributed.world import world
 from ..models.pretrained import LMLike, as_spec
 from ..policies.actor_critic import AUTOCAST_DTYPES
@@ -88,13 +88,13 @@ class LocalEngine:
         self._talk: Background[tuple[dict[str, Any], list[Tensor]]] | None = None  # the last question and its answer
         try:
             setup = Setup(0, as_spec(lm), vocab_size, autocast, _current(device), n_rows, self._n_clients)
-            port = self._start(setup) if here is None else self._start_shared(setup, rank)
+            port = self._start(setup) if here is None else self._start_shared(setup)
             self._wire = Wire(client_store(port, rank, self._patience), rank=0, patience=self._patience)
         except BaseException:
             self._end()
             raise
 
-    def _start_shared(self, setup: Setup, rank: int) -> int:
+    def _start_shared(self, setup: Setup) -> int:
         """Start the process of all in rank 0, and return the port of its store; all processes must call it."""
         hosts = gather("the host", socket.gethostname())
         if len(set(hosts)) > 1:
@@ -102,14 +102,9 @@ class LocalEngine:
                 f"Expected all processes on one machine with a shared LocalEngine, got {sorted(set(hosts))}: leave "
                 "`shared` out, and each process has an engine of its own."
             )
-        port, error = 0, None
-        if rank == 0:
-            try:
-                port = self._start(setup)
-            except Exception as caught:
-                error = caught
-        raise_together(error)
-        return from_main("the engine's port", port)
+        ports: list[int] = []
+        once(lambda: ports.append(self._start(setup)))
+        return from_main("the engine's port", ports)[0]
 
     def _start(self, setup: Setup) -> int:
         """Start the process, wait until it has built its model, and return the port of its store."""

@@ -100,7 +100,7 @@ FULL = Size(1024, 2, 96, 3.0, 0.2, 4.0, 50_000)
 SMOKE = Size(300, 1, 32, 1.0, 0.2, 1.0, 1_024, n_prompts=8, n_envs=16)
 # Of a pretrained model the sizes above are the classifiers' alone.
 PRETRAINED = {"n_envs": 32, "history": 2, "samples_per_prompt": 4, "max_prompt_tokens": 64}
-PRETRAINED.update(meteor_weight=10.0, length_weight=1.0)
+PRETRAINED.update(meteor_weight=10.0, length_weight=3.0)
 FULL_PRETRAINED = Size(0, 0, 192, 0.15, 0.0, 4.0, 16_384, n_prompts=356, **PRETRAINED)
 SMOKE_PRETRAINED = Size(0, 0, 32, 0.02, 0.0, 1.0, 1_024, n_prompts=8, **PRETRAINED)
 TUNING_RATE = 3e-3

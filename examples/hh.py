@@ -11,8 +11,9 @@ and what a model learns from them may be so, too: texts are kept in `--out`, and
 1. Without --model, a small GPT-2, with a tokenizer of its own, learns to continue the chosen dialogues. A pretrained
    model needs no such stage: it reads the dialogues as plain text, as the small one does.
 2. A reward model starts from that model and learns which reply of a pair was chosen. On held-out pairs it is compared
-   with two baselines: the lengths of the replies, and their words without order. With --model it is made of the lowest
-   layers and learns from one half of the pairs; a second one, the judge, learns from the other half.
+   with two baselines: the lengths of the replies, and their words without order. With --model it is made of the lower
+   half of the layers, which stay as they are, and its score head learns from one half of the pairs; a second one, the
+   judge, learns from the other half.
 3. PPO with four models: the actor (adapters on the model of step 1), the critic (which starts from the reward model),
    the reward model, frozen, and the reference, which is the actor without its adapters.
 4. Both models reply to held-out dialogues, before and after.
@@ -20,9 +21,8 @@ and what a model learns from them may be so, too: texts are kept in `--out`, and
 A reward model has never read a reply without a word, and scores it like a good one, so that PPO may find silence. A
 gate in front of it pays such a reply -2 standard deviations, whatever the reward model would say.
 
-examples/README.md has the figures; with --model the reward model is at chance so far, and PPO for it can teach nothing.
-All settings of the small model were chosen on quarters of the training pairs; the
-held-out pairs are always the same. `examples/configs/hh.yml` and `examples/configs/smollm2/hh.yml` have the same stages
+examples/README.md has the figures. The settings of the small reward model were chosen on quarters of the training pairs,
+those of the pretrained one by cross-validation on them; the held-out pairs are always the same. `examples/configs/hh.yml` and `examples/configs/smollm2/hh.yml` have the same stages
 for `textenv`.
 
 Printed and kept in `--out`: the tables of the reward models (pairs.md, pairs.json, judge.md, ...) and of the policy
@@ -39,7 +39,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -78,9 +78,10 @@ from textenv.tasks.hh import HH, Pair, hold_out, part_of, read_pairs
 class Settings(NamedTuple):
     """The settings that go with the size of a model: of the reward models, of PPO, and of the evaluation."""
 
-    reward_epochs: float
+    reward_train: Literal["all", "head"]  # the weights that learn
+    reward_epochs: float  # for "all"
     reward_batch: int  # pairs
-    reward_rate: float  # the peak of the learning rate
+    reward_rate: float  # the peak of the learning rate, for "all"
     reward_layers: int | None  # the lowest layers of the model, of which a reward model is made; None for all
     max_tokens: int  # that a reward model reads; longer texts lose their start
     max_prompt_tokens: int
@@ -96,8 +97,8 @@ class Settings(NamedTuple):
     n_prompts: int  # of the evaluation
 
 
-FRESH = Settings(2.0, 16, 3e-4, None, 128, 96, 32, 40_960, 64, 32, 4, 0.0, 16, 0.3, 0.05, 250)
-PRETRAINED = Settings(1.0, 8, 1e-4, 6, 80, 32, 24, 5_120, 32, 32, 2, 1.0, 8, 0.03, 0.03, 120)
+FRESH = Settings("all", 2.0, 16, 3e-4, None, 128, 96, 32, 40_960, 64, 32, 4, 0.0, 16, 0.3, 0.05, 250)
+PRETRAINED = Settings("head", 1.0, 8, 1e-4, 15, 80, 32, 24, 16_384, 32, 32, 2, 1.0, 8, 0.03, 0.03, 120)
 SMOKE = {"n_tokens": 512, "n_envs": 8, "n_prompts": 8}
 N_HELD_OUT = 500  # pairs that the small model is measured on; a tenth of all where a pretrained one is trained
 LEARNING_RATE = 1e-3
@@ -137,6 +138,7 @@ def learn_reward(
         [Ranking((pair.chosen, pair.rejected), pair.prompt) for pair in pairs],
         folder,
         first_layers=settings.reward_layers,
+        train=settings.reward_train,
         n_epochs=settings.reward_epochs,
         batch_size=settings.reward_batch,
         learning_rate=settings.reward_rate,

@@ -86,7 +86,7 @@ GROUPS: dict[type, dict[str, tuple[str, ...]]] = {
     StageConfig: {
         READ: ("help", "config", "print_config"),
         START: ("resume", "overwrite", "quiet"),
-        "choose the model to train from": ("model", "fresh", "fresh_tokenizer", "tokenizer", "first_layers"),
+        "choose the model to train from": ("model", "fresh", "fresh_tokenizer", "tokenizer", "first_layers", "train"),
         "choose the data": (
             "data",
             "task",

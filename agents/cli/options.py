@@ -291,6 +291,9 @@ class RewardModelConfig(StageConfig):
             the other half can judge (`evaluation.judge`); null for all data.
         first_layers: The number of the model's lowest layers that the reward model has, to save time and memory; null
             for all.
+        train: Train all weights ("all"), or fit the score head alone to the model's last states ("head"), which reads
+            each text once, and for which a few hundred comparisons are enough; it leaves `n_epochs` and
+            `learning_rate` aside.
         loss: Compare the scores of two texts at their last tokens ("last"), or at all tokens from their first
             difference on ("tokens").
         centring: The weight of a penalty that keeps scores around zero; 0 for none.
@@ -304,6 +307,7 @@ class RewardModelConfig(StageConfig):
     from_feedback: str | None = None
     half: Literal["first", "second"] | None = None
     first_layers: int | None = None
+    train: Literal["all", "head"] = "all"
     loss: Literal["last", "tokens"] = "last"
     centring: float = 0.0
     n_epochs: float = 1.0

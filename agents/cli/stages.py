@@ -163,11 +163,15 @@ def train_scorer(config: RewardModelConfig, options: StageOptions) -> int:
         _out(config),
         held_out=examples.held_out,
         first_layers=config.first_layers,
+        train=config.train,
         loss=config.loss,
         centring=config.centring,
         **_training(config, options),
     )
-    print(f"{len(trained.losses)} steps, loss {trained.losses[-1]:.3f} in the last")
+    if config.train == "head":
+        print(f"score head fitted, loss {trained.losses[-1]:.3f}")
+    else:
+        print(f"{len(trained.losses)} steps, loss {trained.losses[-1]:.3f} in the last")
     if trained.held_out is not None:
         result = trained.held_out
         interval = f"{result.accuracy:.3f} [{result.low:.3f}, {result.high:.3f}]"

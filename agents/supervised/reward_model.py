@@ -12,7 +12,7 @@ from typing import Literal, NamedTuple, TypeAlias, cast, get_args
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional
+from tqdm.auto import tqdm
 from transformers import (
     AutoModelForSequenceClassification,
     PreTrainedConfig,
@@ -22,6 +22,7 @@ from transformers import (
 
 from textenv.huggingface.positions import n_positions
 from textenv.huggingface.weights import from_config
+from textenv.rewards.base import check_choice
 from textenv.rewards.reward_stats import RewardStats
 from textenv.rewards.text_reader import ReadAs, Scored, TextReader, longest
 
@@ -35,8 +36,10 @@ from .accuracy import RewardFigures, figures
 from .preferences import Labelled, Ranking
 from .ranking_data import Example, check_data, common_closing, encode_all
 from .resumable import ResumableFit, origin, prepare, remove_states, work_folder
+from .reward_losses import Loss, loss_at_last, loss_at_tokens
+from .score_head_fit import fit_score_head
 
-Loss: TypeAlias = Literal["last", "tokens"]
+Trained: TypeAlias = Literal["all", "head"]
 DEFAULT_MAX_TOKENS = 1024  # for models without a limit of positions (BLOOM's ALiBi)
 
 
@@ -45,7 +48,7 @@ class RewardTraining(NamedTuple):
 
     Args:
         folder: The folder of the model, its tokenizer and `reward_stats.json`.
-        losses: The loss of each step, (n_steps,).
+        losses: The loss of each step, (n_steps,); a single one, of all data, where the head alone was fitted.
         stats: The mean and standard deviation of the training texts' scores.
         held_out: The figures on held-out data; None if there is none.
     """
@@ -64,6 +67,7 @@ def train_reward_model(
     *,
     held_out: Sequence[Ranking] | Sequence[Labelled] = (),
     first_layers: int | None = None,
+    train: Trained = "all",
     loss: Loss = "last",
     centring: float = 0.0,
     n_epochs: float = 1.0,
@@ -99,6 +103,11 @@ def train_reward_model(
         held_out: Data of the same kind that is not trained on, to measure the accuracy.
         first_layers: The number of the model's lowest layers that the reward model has, for less time and memory here,
             in the reward and in a critic that starts from it; by default all.
+        train: "all" trains all weights. "head" leaves the model as it is and fits the score head alone, on its last
+            states, by L-BFGS with a penalty that cross-validation chooses: each text is read once, and a few hundred
+            rankings are enough, where training all weights needs thousands. `learning_rate` and `n_epochs` do nothing
+            then, and a run that was interrupted begins anew. A second call that starts from the saved folder, with
+            "all" and a low learning rate, goes on from there (Kumar et al., 2022).
         loss: "last" compares the scores at the last tokens. "tokens" takes the mean over all columns from the first
             difference of two texts to the end of the longer one; after its end, the shorter text keeps its last score.
         centring: The factor of (sum of both scores)^2 in the loss, which centres the scores at 0: comparisons alone
@@ -128,8 +137,10 @@ def train_reward_model(
         >>> policy_kwargs = dict(critic=RewardModelCritic("my-reward-model"))
     """
     check_output(folder, "reward model", overwrite)  # fail now rather than after the training
-    if loss not in get_args(Loss):
-        raise ValueError(f"Expected `loss` to be one of {get_args(Loss)}, got {loss!r}.")
+    check_choice("loss", loss, get_args(Loss))
+    check_choice("train", train, get_args(Trained))
+    if train == "head" and loss == "tokens":
+        raise ValueError('Expected loss "last" with train="head", which reads the last states alone, got "tokens".')
     check_data("data", data)
     model = build_reward_model(lm, seed)
     if first_layers is not None:
@@ -141,23 +152,24 @@ def train_reward_model(
     reader = TextReader(tokenizer, limit, read_as=read_as)
     examples = encode_all("data", reader, data)
     tests = encode_all("held_out", reader, held_out) if held_out else []
-    lengths = [max(map(len, example.ids)) for example in examples]
-    batches = similar_lengths(lengths, batch_size, np.random.default_rng(seed))
-    n_steps = max(1, round(n_epochs * len(examples) / batch_size))
     work = work_folder(folder)
-    arguments = (origin(model, lm), examples, loss, centring, n_steps, batch_size, learning_rate, seed)
-    state = prepare(work, arguments, resume)
-    losses = fit(
-        model,
-        batches,
-        lambda indices: _loss(model, [examples[i] for i in indices], loss, centring),
-        n_steps,
-        learning_rate,
-        description="reward model",
-        progress_bar=progress_bar,
-        run=ResumableFit(work, state),
-    )
-    scores = _scores(model, [ids for example in examples for ids in example.ids], batch_size)
+    if train == "head":
+        losses, scores = _fit_head(model, examples, centring, batch_size, seed, progress_bar)
+    else:
+        lengths = [max(map(len, example.ids)) for example in examples]
+        n_steps = max(1, round(n_epochs * len(examples) / batch_size))
+        arguments = (origin(model, lm), examples, loss, centring, n_steps, batch_size, learning_rate, seed)
+        losses = fit(
+            model,
+            similar_lengths(lengths, batch_size, np.random.default_rng(seed)),
+            lambda indices: _loss(model, [examples[i] for i in indices], loss, centring),
+            n_steps,
+            learning_rate,
+            description="reward model",
+            progress_bar=progress_bar,
+            run=ResumableFit(work, prepare(work, arguments, resume)),
+        )
+        scores = _scores(model, [ids for example in examples for ids in example.ids], batch_size)
     replace(read_as, closing=common_closing(tokenizer, examples)).store(model.config)
     stats = RewardStats(float(scores.mean()), max(float(scores.std()), 1e-6))  # equal scores: nothing to divide by
     with output_folder(folder, "reward model", overwrite) as beside:
@@ -166,7 +178,8 @@ def train_reward_model(
         saved.model_max_length = limit  # a reward cuts texts where the training did
         saved.save_pretrained(beside)
         stats.save(beside)
-    remove_states(work)
+    if train == "all":
+        remove_states(work)
     measured = _measure(model, tests, loss, centring, batch_size) if tests else None
     return RewardTraining(Path(folder), losses.cpu().numpy(), stats, measured)
 
@@ -248,25 +261,6 @@ def read_scores(model: PreTrainedModel, ids: Tensor, is_real: Tensor) -> Tensor:
     return _token_scores(model, ids, is_real)[torch.arange(len(ids), device=ids.device), last]
 
 
-def bradley_terry(chosen: Tensor, rejected: Tensor, margin: Tensor | float = 0.0, centring: float = 0.0) -> Tensor:
-    """Return the loss of each pair of scores, in nats: -log sigmoid(chosen - rejected - margin) + centring * (sum)^2.
-
-    Args:
-        chosen: The scores of the better texts, (P,).
-        rejected: The scores of the worse texts, (P,).
-        margin: The difference to train, in nats (Touvron et al., 2023, equation 2).
-        centring: The factor of the squared sum (Eisenstein et al., 2023, equation 2).
-
-    Example:
-        >>> import torch
-        >>> from agents.supervised.reward_model import bradley_terry
-        >>> loss = bradley_terry(torch.tensor([0.0, 2.0]), torch.tensor([0.0, 0.0]), margin=0.0, centring=0.5)
-        >>> [round(value, 4) for value in loss.tolist()]
-        [0.6931, 2.1269]
-    """
-    return -functional.logsigmoid(chosen - rejected - margin) + centring * (chosen + rejected) ** 2
-
-
 def _set_special_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     """Set the pad token by which transformers' `...ForSequenceClassification.forward` finds a row's last token."""
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
@@ -287,20 +281,58 @@ def _pad(texts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, 
 
 def _token_scores(model: PreTrainedModel, ids: Tensor, is_real: Tensor) -> Tensor:
     """Return the score at each token, (B, T), float32; the values at padding have no meaning."""
+    return score_head(model)(_states(model, ids, is_real)).squeeze(-1).float()  # (B, T, H) -> (B, T)
+
+
+def _states(model: PreTrainedModel, ids: Tensor, is_real: Tensor) -> Tensor:
+    """Return the states that the score head reads, (B, T, H)."""
     positions = (is_real.long().cumsum(dim=1) - 1).clamp(min=0)  # (B, T), counted from the first real token
-    hidden = model.base_model(
-        input_ids=ids, attention_mask=is_real.long(), position_ids=positions, use_cache=False
-    ).last_hidden_state  # (B, T, H)
-    return score_head(model)(hidden).squeeze(-1).float()  # (B, T, 1) -> (B, T)
+    body = model.base_model
+    read = body(input_ids=ids, attention_mask=is_real.long(), position_ids=positions, use_cache=False)
+    return cast("Tensor", read.last_hidden_state)
+
+
+@torch.no_grad()
+def _fit_head(
+    model: PreTrainedModel,
+    examples: Sequence[Example],
+    centring: float,
+    batch_size: int,
+    seed: int,
+    progress_bar: bool,
+) -> tuple[Tensor, np.ndarray]:
+    """Fit the score head alone, in place; return its loss on all data, (1,), and the texts' scores, (N,)."""
+    texts = [ids for example in examples for ids in example.ids]
+    head = score_head(model)
+    states = torch.zeros(len(texts), head.in_features, device=model.device)
+    model.eval()
+    with tqdm(total=len(texts), desc="states of the reward model", disable=not progress_bar, unit="text") as bar:
+        for indices in _by_length(texts, batch_size):
+            ids, is_real = _pad([texts[i] for i in indices], model.device)
+            lasts = is_real.sum(dim=1) - 1  # (B,)
+            hidden = _states(model, ids, is_real)
+            states[indices] = hidden[torch.arange(len(ids), device=ids.device), lasts].float()
+            bar.update(len(indices))
+    with torch.enable_grad():
+        weights, loss, _ = fit_score_head(states, examples, centring, seed)
+    head.weight.copy_(weights[None])
+    if head.bias is not None:
+        head.bias.zero_()  # a constant changes no comparison; numbers as labels are fitted through the origin
+    return torch.tensor([loss]), (states @ weights).cpu().numpy()
+
+
+def _by_length(texts: Sequence[list[int]], batch_size: int) -> Iterator[list[int]]:
+    """Yield the indices of minibatches of similar lengths, each text once."""
+    order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
+    for start in range(0, len(order), batch_size):
+        yield order[start : start + batch_size]
 
 
 @torch.no_grad()
 def _scores(model: PreTrainedModel, texts: Sequence[list[int]], batch_size: int) -> np.ndarray:
     """Return the scores (N,) of encoded texts, read in batches of similar length."""
-    order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
     result = torch.zeros(len(texts), device=model.device)
-    for start in range(0, len(order), batch_size):
-        indices = order[start : start + batch_size]
+    for indices in _by_length(texts, batch_size):
         result[indices] = read_scores(model, *_pad([texts[i] for i in indices], model.device))
     return result.cpu().numpy()
 
@@ -310,52 +342,9 @@ def _loss(model: PreTrainedModel, examples: Sequence[Example], loss: Loss, centr
     ids, is_real = _pad([text for example in examples for text in example.ids], model.device)
     scores = _token_scores(model, ids, is_real)  # (B, T)
     lasts = is_real.sum(dim=1) - 1  # (B,)
-    rows = torch.arange(len(ids), device=ids.device)
-    at_end = scores[rows, lasts]  # (B,)
-    if examples[0].label is not None:
-        labels = torch.tensor([example.label for example in examples], device=ids.device)
-        return functional.mse_loss(at_end, labels)
-    chosen, rejected, margins, weights = (torch.tensor(values, device=ids.device) for values in _pairs(examples))
-    if loss == "last":
-        losses = bradley_terry(at_end[chosen], at_end[rejected], margins, centring)  # (P,)
-    else:
-        losses = _per_token(ids, scores, lasts, chosen, rejected, margins, centring)  # (P,)
-    return (losses * weights).sum()
-
-
-def _pairs(examples: Sequence[Example]) -> Iterator[list[int] | list[float]]:
-    """Yield the rows of better texts, the rows of worse texts, margins and weights, (P,) each.
-
-    The weights of a ranking's pairs add up to 1 / (number of rankings), however many texts it has.
-    """
-    chosen, rejected, margins, weights, first = [], [], [], [], 0
-    for example in examples:
-        for better, worse in example.pairs:
-            chosen.append(first + better)
-            rejected.append(first + worse)
-            margins.append(float(example.margin))
-            weights.append(1.0 / (len(example.pairs) * len(examples)))
-        first += len(example.ids)
-    yield from (chosen, rejected, margins, weights)
-
-
-def _per_token(
-    ids: Tensor, scores: Tensor, lasts: Tensor, chosen: Tensor, rejected: Tensor, margins: Tensor, centring: float
-) -> Tensor:
-    """Return the mean loss of each pair, (P,), from the first column where its texts differ to the end of both."""
-    columns = torch.arange(ids.shape[1], device=ids.device)  # (T,)
-    # After a text's end, its last score is repeated.
-    better, worse = (
-        scores[rows].gather(1, torch.minimum(columns, lasts[rows, None]))  # (P, T)
-        for rows in (chosen, rejected)
-    )
-    end = torch.maximum(lasts[chosen], lasts[rejected])[:, None]  # (P, 1)
-    has_both = columns <= torch.minimum(lasts[chosen], lasts[rejected])[:, None]  # (P, T)
-    differs = (ids[chosen] != ids[rejected]) | ~has_both
-    # The last column always counts: equal texts differ in no other.
-    is_counted = (differs.cumsum(dim=1) > 0) & (columns <= end) | (columns == end)
-    losses = bradley_terry(better, worse, margins[:, None], centring)  # (P, T)
-    return torch.where(is_counted, losses, 0.0).sum(dim=1) / is_counted.sum(dim=1)
+    if loss == "tokens" and examples[0].label is None:
+        return loss_at_tokens(ids, scores, lasts, examples, centring)
+    return loss_at_last(scores[torch.arange(len(ids), device=ids.device), lasts], examples, centring)
 
 
 @torch.no_grad()

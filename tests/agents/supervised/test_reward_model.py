@@ -13,7 +13,8 @@ from agents import Labelled, Ranking, RewardModelCritic, hh_pairs, score_texts, 
 from agents.supervised.accuracy import calibration, pair_accuracy, wilson_interval
 from agents.supervised.preferences import encode_texts
 from agents.supervised.ranking_data import Example
-from agents.supervised.reward_model import _loss, bradley_terry, build_reward_model, read_scores
+from agents.supervised.reward_losses import bradley_terry
+from agents.supervised.reward_model import _loss, build_reward_model, read_scores
 from tests.helpers.models import tiny
 from textenv import CharTokenizer
 from textenv.rewards.reward_stats import RewardStats
@@ -313,7 +314,7 @@ def test_unusable_data_is_refused(data, message, tmp_path):
 
 
 def test_unusable_models_and_losses_are_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"`loss` to be one of \('last', 'tokens'\), got 'mean'"):
+    with pytest.raises(ValueError, match=r"`loss` to be one of \['last', 'tokens'\], got 'mean'"):
         train(some_pairs(4), tmp_path / "m", loss="mean")
     shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
     with pytest.raises(ValueError, match="Expected a causal model as critic, got BertModel"):

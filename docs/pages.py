@@ -1,7 +1,7 @@
 """The pages of the site that are not written in docs/: those of other folders, and those made from the code.
 
-mkdocs calls the two functions at the end, which mkdocs.yml names under `hooks`. Nothing else here depends on mkdocs, so
-that another generator can take the same pages.
+mkdocs calls the three functions at the end, which mkdocs.yml names under `hooks`. Nothing else here depends on mkdocs,
+so that another generator can take the same pages.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ ELSEWHERE = (
 PICTURES = ("examples/*.png", "benchmarks/*.png")
 LINK = re.compile(r"(?<=\]\()(?!https?:|mailto:|#)([^)\s#]+)(#[^)\s]*)?(?=\))")
 CODE = re.compile(r"(?<!`)`[^`\n]+`(?!`)")
+OPTION = re.compile(r"(?<![\w-])--?[a-zA-Z][\w.-]*")
 FIGURE = re.compile(r"^!\[([^\]]*)\]\((figures/\w+\.svg)\)$", flags=re.MULTILINE)
 LANGUAGES = {".py": "python", ".yml": "yaml"}
 # The rooms of textenv from which users import, beside the package itself; tests/agents/test_public_names.py has them.
@@ -104,6 +105,15 @@ def with_figures(text: str) -> str:
         return f'<figure class="drawing" role="img" aria-label="{figure[1]}">\n{drawing}\n</figure>'
 
     return FIGURE.sub(drawn, text)
+
+
+def with_whole_options(page: str) -> str:
+    """Return a page's HTML with options such as `--out` kept whole: a browser breaks lines after each hyphen."""
+
+    def marked(code: re.Match[str]) -> str:
+        return OPTION.sub(r'<span class="option">\g<0></span>', code[0])
+
+    return re.sub(r"(?<=<code>)[^<]*(?=</code>)", marked, page)
 
 
 # Pages made from the code
@@ -274,4 +284,11 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     """Turn links to files of the repository into links of the site, and put the drawings in."""
     name = page.file.src_uri
+    if name == "CHANGELOG.md":
+        page.meta["search"] = {"boost": 0.1}  # its long lists match any search, and would stand before the guides
     return markdown if name in generated_pages() else with_figures(with_links(markdown, name))
+
+
+def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Keep the options in a page's sentences and tables whole."""
+    return with_whole_options(html)

@@ -21,9 +21,9 @@ and what a model learns from them may be so, too: texts are kept in `--out`, and
 A reward model has never read a reply without a word, and scores it like a good one, so that PPO may find silence. A
 gate in front of it pays such a reply -2 standard deviations, whatever the reward model would say.
 
-examples/README.md has the figures. The settings of the small reward model were chosen on quarters of the training pairs,
-those of the pretrained one by cross-validation on them; the held-out pairs are always the same. `examples/configs/hh.yml` and `examples/configs/smollm2/hh.yml` have the same stages
-for `textenv`.
+examples/README.md has the figures. The settings of the small reward model were chosen on quarters of the training
+pairs, those of the pretrained one by cross-validation on them; the held-out pairs are always the same.
+`examples/configs/hh.yml` and `examples/configs/smollm2/hh.yml` have the same stages for `textenv`.
 
 Printed and kept in `--out`: the tables of the reward models (pairs.md, pairs.json, judge.md, ...) and of the policy
 before and after (results.md, results.json) with 95 % intervals, curves.png, and the models as Hugging Face folders.

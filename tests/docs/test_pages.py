@@ -72,9 +72,12 @@ def test_the_reference_has_every_public_name(pages):
 
 def test_the_help_on_the_site_is_that_of_the_command(pages, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "90")
-    with suppress(SystemExit):
-        main(["show", "--help"])
-    assert f"```text\n{capsys.readouterr().out.rstrip()}\n```" in pages.page_of_commands()
+    page = pages.page_of_commands()
+    for verb in ([], *([name] for name in VERBS)):
+        with suppress(SystemExit):
+            main([*verb, "--help"])
+        printed = capsys.readouterr().out.rstrip()
+        assert printed.startswith(("textenv", "usage:")) and f"```text\n{printed}\n```" in page, verb
 
 
 def test_links_of_the_repository_become_links_of_the_site(pages):
@@ -84,6 +87,14 @@ def test_links_of_the_repository_become_links_of_the_site(pages):
     moved = pages.with_links("[a](../../examples/masked_json.py)", "guides/masks.md")
     assert moved == "[a](../examples/masked_json.py.md)"
     assert pages.with_links("| `a \\| b` |", "guides/masks.md") == "| `a | b` |"
+
+
+def test_options_are_kept_whole(pages):
+    page = "<p><code>train --resume RUN</code> a --b <code>-c</code> <code>a-b x - 1</code></p>"
+    assert pages.with_whole_options(page) == (
+        '<p><code>train <span class="option">--resume</span> RUN</code> a --b '
+        '<code><span class="option">-c</span></code> <code>a-b x - 1</code></p>'
+    )
 
 
 def test_docstrings_become_markdown():

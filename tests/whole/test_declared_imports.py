@@ -7,6 +7,7 @@ import ast
 import configparser
 import re
 import sys
+import tomllib
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -160,7 +161,16 @@ def known():
 
 @pytest.fixture(scope="module")
 def files():
-    return [*read(*FOLDERS), *root_modules()]
+    return [*read(*FOLDERS), *(file for file in root_modules() if file.path != "setup.py")]
+
+
+def test_the_imports_of_setup_py_are_declared_for_builds():
+    build = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["build-system"]
+    known = Declared({package_of(re.match(r"[\w.-]+", line)[0]) for line in build["requires"]}, {})
+    files = [file for file in root_modules() if file.path == "setup.py"]
+    assert len(files) == 1
+    assert_none(undeclared(files, known, {}))
+    assert len(undeclared(files, Declared(set(), {}), {})) == 1  # setuptools, if nothing declared it
 
 
 def test_every_import_is_declared(files, known):

@@ -2,8 +2,10 @@
 
 import configparser
 import re
+import runpy
 
 import pytest
+import setuptools
 import yaml
 
 import textenv
@@ -31,10 +33,66 @@ def metadata():
     return config["metadata"]
 
 
+def newest_release():
+    """Return version and date of the newest heading of the changelog; the date is "unreleased" while it is written."""
+    return re.search(r"^## \[(\d[^]]*)\] - (\S+)$", text("CHANGELOG.md"), flags=re.MULTILINE).groups()
+
+
 def test_the_version_is_the_same_everywhere():
-    newest = re.search(r"^## \[(\d[^]]*)\]", text("CHANGELOG.md"), flags=re.MULTILINE)[1]
-    versions = {textenv.__version__, metadata()["version"], read("CITATION.cff")["version"], newest}
+    versions = {textenv.__version__, metadata()["version"], read("CITATION.cff")["version"], newest_release()[0]}
     assert len(versions) == 1, versions
+
+
+def test_the_date_is_the_same_everywhere():
+    date = read("CITATION.cff").get("date-released", "unreleased")
+    assert str(date) == newest_release()[1]
+
+
+def test_a_tag_of_another_version_is_not_published():
+    build = read(".github/workflows/publish.yml")["jobs"]["build"]["steps"]
+    commands = [step.get("run", "") for step in build]
+    check = f'test -f "dist/{metadata()["name"]}-${{GITHUB_REF_NAME#v}}.tar.gz"'
+    assert commands.index("python -m build") < commands.index(check)
+
+
+def test_the_notes_of_a_release_come_first_and_are_short():
+    _, *releases = re.split(r"^## \[\d[^]]*\] - \d{4}-\d\d-\d\d\n", text("CHANGELOG.md"), flags=re.MULTILINE)
+    notes, _, lists = releases[0].partition("\n### ")
+    assert 5 < len(notes.strip().splitlines()) <= 25 and lists
+
+
+def described(monkeypatch, files):
+    """Return what setup.py tells PyPI, with the address of the repository's files in its environment."""
+    told = {}
+    monkeypatch.setattr(setuptools, "setup", lambda **words: told.update(words))
+    monkeypatch.setenv("FILES_URL", files)
+    runpy.run_path(str(ROOT / "setup.py"))
+    return told["long_description"]
+
+
+def code_of(page):
+    return re.findall(r"^```.*?^```$", page, flags=re.DOTALL | re.MULTILINE)
+
+
+TARGET = re.compile(r"(!?)\[[^\]]*\]\(([^)\s]+)\)")
+
+
+@pytest.mark.parametrize("files", ["", "https://host.example/us/textenv/blob/v9"])
+def test_the_description_on_pypi_has_no_relative_link(files, monkeypatch):
+    readme, page = text("README.md"), described(monkeypatch, files)
+    assert [link for _, link in TARGET.findall(page) if not link.startswith("https://")] == []
+    assert code_of(page) == code_of(readme) != []
+    for picture, link in TARGET.findall(readme):
+        if not link.startswith("https://"):
+            assert (ROOT / link).is_file()
+            where = f"({files}/{link}{'?raw=true' if picture else ''})" if files else f"`{link}`"
+            assert (where in page) != (bool(picture) and not files)
+
+
+def test_the_published_description_links_to_the_files_of_its_tag():
+    build = next(step for step in steps(read(".github/workflows/publish.yml")) if step.get("run") == "python -m build")
+    where = "${{ github.server_url }}/${{ github.repository }}/blob/${{ github.ref_name }}"
+    assert build["env"] == {"FILES_URL": where}
 
 
 def test_the_licence_is_the_same_everywhere():
@@ -88,6 +146,12 @@ def test_the_upload_is_checked_as_ci_checks_it():
     commands = [step["run"] for step in steps(read(".github/workflows/publish.yml")) if "run" in step]
     assert "twine check --strict dist/*" in commands
     assert 'twine check --strict "$work"/dist/*' in text(".ci/run")
+
+
+def test_the_published_site_knows_its_address():
+    build = next(step for step in steps(read(".github/workflows/docs.yml")) if "mkdocs build" in step.get("run", ""))
+    assert build["env"] == {"SITE_URL": "${{ steps.pages.outputs.base_url }}"}
+    assert "site_url: !ENV [SITE_URL," in text("mkdocs.yml")
 
 
 @pytest.mark.parametrize("name", ["bug.yml", "wish.yml"])

@@ -8,7 +8,8 @@ that no lane takes, and one forward per sequence at the end. tokens/s are by wal
 both processes per 1,000 tokens. `ratio` is the engine's tokens per second over the policy's own.
 
 The last row is of whole iterations, of a rollout by the engine and one epoch of an update: with the texts of the next
-rollout written during the update (`ahead`) against texts written when the rollout begins. It needs two free cores.
+rollout written during the update (`ahead`) against texts written when the rollout begins. It needs two free cores: with
+OMP_NUM_THREADS=1 the engine has one of them, and the trainer the other.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import statistics
 import time
 from pathlib import Path
 
+import torch
 from rollout import CAP, MEAN
 from stable_baselines3 import PPO
 from work import Row, Settings, Work, rollout, run_script
@@ -31,13 +33,23 @@ def measure(settings: Settings) -> list[Row]:
     ragged = settings.work(new_tokens=CAP)
     stop_ids = list(range(1, max(2, ragged.vocab_size // MEAN)))
     with LocalEngine(ragged.config(), ragged.vocab_size, device=settings.device, n_rows=work.n_lanes) as engine:
+        assert engine._process is not None, "started"
         pid = engine._process.pid
         assert pid is not None, "started"
+        take_a_core_each(pid)
         claim = f"equal lengths, {work.new_tokens} tokens an episode and a rollout"
         rows = [row(claim, engine, pid, settings, work, [], work.new_tokens)]
         claim = f"ended by EOS (mean {MEAN}, cap {ragged.new_tokens}), rollouts of {2 * ragged.new_tokens} steps"
         rows.append(row(claim, engine, pid, settings, ragged, stop_ids, 2 * ragged.new_tokens))
         return [*rows, row_of_ahead(engine, pid, settings, work)]
+
+
+def take_a_core_each(pid: int) -> None:
+    """Pin this process and the engine's to a core each, where both compute in one thread and there are two (Linux)."""
+    cores = sorted(os.sched_getaffinity(0))
+    if len(cores) > 1 and torch.get_num_threads() == 1:
+        os.sched_setaffinity(0, cores[:1])
+        os.sched_setaffinity(pid, cores[1:2])
 
 
 def row(

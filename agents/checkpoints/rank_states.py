@@ -12,20 +12,25 @@ from gymnasium.utils import seeding
 from torch import Tensor
 
 from ..distributed.collectives import gather
-from ..distributed.world import world
+from ..distributed.world import is_main_process, world
 from ..policies.lm_policy import LMPolicy
 from ..rollout.vec_env import TextVecEnv
 
 # The states that each process has of its own. All other states are the same in every process, and are written once.
 OWN_TENSORS = ("episodes", "waiting", "token_sets", "generators")
+TABLE = "prompts"  # of the state of a `PriorityCursor`
 OWN_META = ("episodes", "env", "python_random", "numpy_random", "minibatches", "remembered")
 
 
 def add_other_ranks(tensors: dict[str, dict[str, Tensor]], meta: dict[str, Any]) -> None:
     """Add the states of the other processes to those of rank 0, in place; all processes must call it.
 
-    The tensors of rank r get the names "rank<r>_<name>"; its other states become an entry of the list "ranks".
+    The tensors of rank r get the names "rank<r>_<name>"; its other states become an entry of the list "ranks". The
+    table of prompts drawn by priority is the same in all processes, and is written with rank 0 alone.
     """
+    if not is_main_process():
+        cursor = {name: part for name, part in meta["env"]["cursor"].items() if name != TABLE}
+        meta["env"] = {**meta["env"], "cursor": cursor}
     own = {name: tensors[name] for name in OWN_TENSORS}, {name: meta[name] for name in OWN_META}
     for rank, (their_tensors, their_meta) in enumerate(gather("a checkpoint", own)[1:], start=1):
         tensors.update({f"rank{rank}_{name}": content for name, content in their_tensors.items()})
@@ -44,7 +49,10 @@ def take_own_rank(tensors: dict[str, dict[str, Tensor]], meta: dict[str, Any]) -
         return False
     if rank > 0:
         tensors.update({name: tensors[f"rank{rank}_{name}"] for name in OWN_TENSORS})
+        whole = meta["env"]["cursor"]
         meta.update(others[rank - 1])
+        if TABLE in whole:
+            meta["env"]["cursor"][TABLE] = whole[TABLE]
     return True
 
 
@@ -59,16 +67,14 @@ def begin_after_furthest(env: TextVecEnv, meta: Mapping[str, Any]) -> np.ndarray
     here = world()
     rank, size = (0, 1) if here is None else (here.rank, here.size)
     states = [meta["env"], *(other["env"] for other in meta.get("ranks", []))]
-    has_order = "position" in states[0]["cursor"]  # prompts drawn by priority have no order, and so no position
-    chosen = max(states, key=_n_drawn) if has_order else states[rank % len(states)]
+    # Prompts drawn by priority have no order, and so no position: all processes have agreed on the next draws.
+    has_order = "position" in states[0]["cursor"]
+    chosen = max(states, key=_n_drawn) if has_order else states[0]
     dealer = env.lanes.dealer
     dealer.load_state_dict({**chosen, "dealt": {**chosen["dealt"], "left": 0}})
     # Fresh generators, seeded by the run's seed and its progress, so that loading twice gives the same.
     seeds = np.random.SeedSequence([chosen["cursor"]["seed"], sum(state["n_steps"] for state in states), rank])
-    cursor_seed, env_seed = (int(number) for number in seeds.generate_state(2))
-    if not has_order:  # each process draws by priority, from a generator of its own
-        dealer.cursor.rng = np.random.default_rng(cursor_seed)  # type: ignore[union-attr]
-    env.env.np_random = seeding.np_random(env_seed)[0]
+    env.env.np_random = seeding.np_random(int(seeds.generate_state(1)[0]))[0]
     env.lanes.n_steps = max(state["n_steps"] for state in states)
     if rank == 0:
         n_running = sum(len(state["prompts"]) for state in states)

@@ -22,6 +22,7 @@ from .world import POLL_SECONDS, World, is_main_process, world
 Value = TypeVar("Value")
 Owner = TypeVar("Owner")
 
+AN_ERROR = "an error"  # the name of what `raise_together` gathers
 ANSWER_SECONDS = 5.0  # how long processes have to show that they are alive once one seems lost
 
 
@@ -48,7 +49,8 @@ def gather(name: str, value: Value) -> list[Value]:
         value: The value of this process: anything that can be pickled.
 
     Raises:
-        ProcessLost: If another process has ended or hangs, with its rank.
+        ProcessLost: If another process has ended or hangs, with its rank, or waits in `raise_together` with an error,
+            with the error's text.
         RuntimeError: If another process has called it with another name.
 
     Example:
@@ -67,6 +69,11 @@ def gather(name: str, value: Value) -> list[Value]:
         here.turns[turn]()  # another process takes its turn: help it, and then gather again
     if turn is not None:
         return [value]  # this process takes the turn, and the others help: their names differ
+    if name == AN_ERROR and value is not None:
+        return [value]  # this process raises its own
+    for rank, (theirs, error) in enumerate(answers):
+        if theirs == AN_ERROR != name and error is not None:
+            raise _stopped(rank, here.size, error)
     for rank, (theirs, _) in enumerate(answers):
         if theirs != name:
             raise RuntimeError(
@@ -119,7 +126,8 @@ def from_main(name: str, value: Value) -> Value:
 def raise_together(error: Exception | None) -> None:
     """Raise this process's error, and a `ProcessStopped` that quotes it in the other processes.
 
-    All processes must call it, so that none keeps waiting for one that has failed.
+    All processes must call it, so that none keeps waiting for one that has failed. A process that fails where the
+    others do not call it may call it as well: it waits until they reach their next `gather`, which raises there.
 
     Args:
         error: The error of this process; None if all went well.
@@ -129,13 +137,17 @@ def raise_together(error: Exception | None) -> None:
         ProcessStopped: In the other processes, with the rank and the error's text.
     """
     own = None if error is None else (f"{type(error).__name__}: {error}", isinstance(error, OSError))
-    errors = gather("an error", own)
+    errors = gather(AN_ERROR, own)
     if error is not None:
         raise error
     for rank, other in enumerate(errors):
         if other is not None:
-            text, is_of_files = other
-            raise ProcessStopped(f"Rank {rank} of {len(errors)} processes stopped: {text}", is_of_files)
+            raise _stopped(rank, len(errors), other)
+
+
+def _stopped(rank: int, size: int, error: tuple[str, bool]) -> ProcessStopped:
+    text, is_of_files = error
+    return ProcessStopped(f"Rank {rank} of {size} processes stopped: {text}", is_of_files)
 
 
 def once(write: Callable[[], Any]) -> None:

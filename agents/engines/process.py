@@ -1,4 +1,4 @@
-"""The process of a `LocalEngine`: it holds a model, takes weights and continues texts."""
+"""The process of a `LocalEngine`: it holds a model, takes weights and continues texts, for one trainer or several."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ import sys
 import threading
 from collections import deque
 from collections.abc import Sequence
+from contextlib import suppress
 from datetime import timedelta
 from multiprocessing import connection, parent_process
+from queue import SimpleQueue
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -25,7 +27,7 @@ from ..models.probe import PROBE_LENGTH
 from ..models.sampling import Sampling
 from ..policies.actor_critic import LMActorCritic
 from .protocol import Completion, Request, unique
-from .wire import LOOPBACK, Wire, interruptible
+from .wire import LOOPBACK, Wire
 
 MEET = timedelta(minutes=5)  # the longest wait for the trainer's store, which exists before the process starts
 FOREVER = timedelta(days=365)  # the longest wait for a request: an evaluation between two rollouts may take any time
@@ -36,6 +38,7 @@ class Setup(NamedTuple):
 
     Attributes:
         port: The port of the trainer's store, on the loopback address.
+        n_clients: The number of processes that send messages.
     """
 
     port: int
@@ -44,10 +47,11 @@ class Setup(NamedTuple):
     autocast: str | None
     device: str
     n_rows: int
+    n_clients: int = 1
 
 
 def serve(setup: Setup) -> None:
-    """Build the model, and answer the trainer until the trainer ends or terminates this process.
+    """Build the model, and answer the trainers until all have left, or one of them terminates this process.
 
     SIGTERM ends the process by `sys.exit`, so that libraries clean up: after a kill, Python would report tqdm's
     semaphore as leaked, for instance.
@@ -69,22 +73,51 @@ def _answer_all(setup: Setup) -> None:
         store.set("refused", f"{type(error).__name__}: {error}")
         return
     store.set("ready", "1")
-    wire = Wire(store, rank=1, patience=FOREVER)
-    while True:
+    messages: SimpleQueue[Message | None] = SimpleQueue()
+    for client in range(setup.n_clients):
+        threading.Thread(target=_listen, args=(setup.port, client, messages), daemon=True).start()
+    n_clients = setup.n_clients
+    while n_clients:
+        message = messages.get()  # one at a time: the model has one set of weights
+        if message is None:
+            n_clients -= 1
+            continue
         try:
-            header, tensors = interruptible(wire.receive)
-        except RuntimeError:  # the trainer has ended
-            return
-        try:
-            answer = writer.answer(header, tensors)
+            header, answer = {}, writer.answer(message.header, message.tensors)
         except Exception as error:
-            wire.send({"error": f"{type(error).__name__}: {error}"})
-        else:
-            wire.send({}, answer)
+            header, answer = {"error": f"{type(error).__name__}: {error}"}, []
+        with suppress(RuntimeError):  # the client has ended, which `_listen` reports
+            message.wire.send(header, answer)
+
+
+class Message(NamedTuple):
+    """What a client asks for, and the connection on which it waits for the answer."""
+
+    wire: Wire
+    header: dict[str, Any]
+    tensors: list[Tensor]
+
+
+def _listen(port: int, client: int, messages: SimpleQueue[Message | None]) -> None:
+    """Put the messages of a client into the queue, and None when it has left."""
+    with suppress(RuntimeError):  # gloo's, when the client has closed the connection or ended
+        wire = Wire(client_store(port, client, MEET), rank=1, patience=FOREVER)
+        while True:
+            messages.put(Message(wire, *wire.receive()))
+    messages.put(None)
+
+
+def client_store(port: int, client: int, patience: timedelta) -> dist.Store:
+    """Return the part of the trainer's store through which a client and the engine find each other.
+
+    It has a connection of its own to the store, since a wait for one client would keep others from using it.
+    """
+    store = dist.TCPStore(LOOPBACK, port, is_master=False, timeout=patience)
+    return dist.PrefixStore(f"client {client}", store)
 
 
 def _end_with_parent() -> None:
-    """Wait for the end of the trainer's process, and then end this one."""
+    """Wait for the end of the process that started this one, and then end it, too."""
     parent = parent_process()
     assert parent is not None, "started by a LocalEngine"
     connection.wait([parent.sentinel])

@@ -51,6 +51,11 @@ class RolloutEngine(Protocol):
     An engine samples from softmax(logits / temperature) over the tokenizer's vocabulary: without top-k, top-p or
     penalties, and without the defaults of a checkpoint's `generation_config.json`.
 
+    In several processes each has an engine object. All of them call `load_weights` at the same point, before the first
+    call of a rollout; objects that speak to one server send the weights once, from rank 0, by
+    `agents.distributed.collectives.once`, as `LocalEngine(shared=True)` does. `generate` is called by each process on
+    its own, at any time and any number of times.
+
     Example:
         >>> import numpy as np
         >>> from agents.engines.protocol import Completion, check_completions

@@ -17,9 +17,9 @@ from torch import Tensor
 
 from textenv.episodes.rules import PADDING, SEPARATOR
 
+from ..distributed.collectives import gather, raise_together
 from ..distributed.world import world
 from ..models.critic import TrunkCritic
-from ..policies.flat import FlatLMPolicy
 from ..policies.lm_policy import LMPolicy
 from ..rollout.buffer import SequenceRolloutBuffer
 from ..rollout.importance import Correction, Per, effective_share
@@ -28,6 +28,7 @@ from ..rollout.vec_env import TextVecEnv
 from ..steps.step import Order, RolloutStep, sequence_buffer, text_vec_env
 from .next_texts import NextTexts
 from .protocol import BackgroundEngine, Completion, Request, RolloutEngine, check_completions, named_weights
+from .refusal import refusal
 
 # Tokens that an engine has written, the next token first, with log-probabilities and the age of the engine's weights.
 Plan = deque[tuple[int, float, int]]
@@ -48,6 +49,9 @@ class EngineRollouts(RolloutStep):
     engine writes it while the policy is updated. The weights that write it are one update older than the policy that
     trains on it, which the importance weights correct as any other difference. What else a rollout needs is written by
     weights that are new. Checkpoints hold the texts of the next rollout, for which the end of `learn` waits.
+
+    In several processes each has an engine of its own for its lanes, or all share one (`LocalEngine(shared=True)`),
+    which gets the weights once per update.
 
     At the end of a rollout the policy reads each sequence once. Its log-probabilities become the buffer's `log_probs`,
     from which PPO's ratio starts at 1 and which penalties and warnings read; those of the engine stay in
@@ -74,8 +78,9 @@ class EngineRollouts(RolloutStep):
     Raises:
         ValueError: With `ahead`, if the engine does not write in the background. When attached, if the model or env
             uses something that an engine cannot follow: masks, top_k, top_p, min_p, repetition penalties, an
-            encoder-decoder, a model that is not transformers', TRPO, several processes, or the algorithm's own
+            encoder-decoder, a model that is not transformers', TRPO, sharded weights, or the algorithm's own
             `normalize_advantage`.
+        EngineLost: In `learn`, if the engine ends. The other processes of the job raise `ProcessLost`, with its text.
 
     Example:
         >>> from agents import EngineRollouts, LocalEngine
@@ -119,9 +124,9 @@ class EngineRollouts(RolloutStep):
         """Check that an engine can write the model's rollouts, and give its buffer the correction."""
         env, self.algorithm = text_vec_env(model.get_env()), cast("OnPolicyAlgorithm", model)
         self.policy = cast("LMPolicy", model.policy)
-        refusal = _refusal(model)
-        if refusal is not None:
-            raise ValueError(refusal)
+        reason = refusal(model)
+        if reason is not None:
+            raise ValueError(reason)
         self.buffer = sequence_buffer(model)
         self.buffer.correction = self.correction
         # From an earlier call of `learn`, if there was one. Texts for another env, or that an engine which may have
@@ -157,9 +162,12 @@ class EngineRollouts(RolloutStep):
         follows = np.asarray((rows == self._expected).all(axis=1))  # (B,): whether each lane follows its plan
         try:
             self._take_next_texts()
+            self._send_weights()  # in the first step, so that processes that share an engine meet
             self._plan(rows, [lane for lane, plan in enumerate(self._plans) if not (follows[lane] and plan)])
-        except BaseException:
+        except BaseException as error:
             self.policy.sample_itself()  # the rollout is over, and SB3 calls no callback after an error
+            if isinstance(error, Exception):
+                raise_together(error)  # other processes, which may need no text now, learn why this one ends
             raise
         tokens, log_probs, ages = zip(*(plan.popleft() for plan in self._plans), strict=True)
         self._expected, ends = rows.copy(), (rows != PADDING).sum(axis=1)  # (B, L), (B,)
@@ -203,7 +211,7 @@ class EngineRollouts(RolloutStep):
         start = time.perf_counter()
         n_spare = sum(len(plans) for plans in self._spare.values())
         keys, requests = self._requests(rows, lanes, n_spare, n_ahead, self.buffer.buffer_size - self._n_steps)
-        self._send_weights()
+        self._is_first = False
         completions = self.engine.generate(requests, self.policy.lm.sampling.temperature, self._seed())
         check_completions(requests, completions, self.policy.backbone.vocab_size)
         self._seconds += time.perf_counter() - start
@@ -239,10 +247,13 @@ class EngineRollouts(RolloutStep):
         return keys, requests
 
     def _send_weights(self) -> None:
+        """Send the weights of this rollout's policy, once."""
         if self._is_outdated:
+            start = time.perf_counter()
             with named_weights(self.policy.backbone) as weights:
                 self.engine.load_weights(weights)
-        self._is_first = self._is_outdated = False
+            self._is_outdated = False
+            self._seconds += time.perf_counter() - start
 
     def _seed(self) -> int:
         """Draw a seed from the policy's generator, which checkpoints keep: a resumed run draws the same seeds."""
@@ -264,7 +275,6 @@ class EngineRollouts(RolloutStep):
         assert isinstance(self.engine, BackgroundEngine), "checked when the step was made"
         start, rows = time.perf_counter(), np.asarray(self.algorithm._last_obs)  # (B, L)
         keys, requests = self._requests(rows, range(len(rows)), 0, self._n_more, self.buffer.buffer_size)
-        self._send_weights()
         answer = self.engine.start(requests, self.policy.lm.sampling.temperature, self._seed())
         vocab_size = self.policy.backbone.vocab_size
 
@@ -291,7 +301,10 @@ class EngineRollouts(RolloutStep):
         self.policy.sample_itself()
         self._n_more = self._n_begun
         if self.ahead:
-            self._ask_ahead()
+            try:
+                self._ask_ahead()
+            except Exception as error:
+                raise_together(error)
         view, lm = buffer.view(), self.policy.lm
         with torch.no_grad():
             if isinstance(lm.critic, TrunkCritic):  # the buffer has computed the values already
@@ -323,58 +336,31 @@ class EngineRollouts(RolloutStep):
         for name, value in figures.items():
             self.algorithm.logger.record(f"engine/{name}", value)
 
-    def state_dict(self) -> tuple[dict[str, Tensor], dict[str, int]]:
-        """Return the number of prompts to send ahead, and the texts of the next rollout, for which it waits.
+    def state_dict(self) -> tuple[dict[str, Tensor], dict[str, list[int]]]:
+        """Return, for each process, the number of prompts to send ahead and the texts of its next rollout.
 
-        The engine itself has no state between rollouts.
+        It waits for the texts; all processes must call it. The engine itself has no state between rollouts.
         """
         if self._next is not None:
             self._next = self._next.settled()
-        return {} if self._next is None else self._next.tensors(), {"n_more": self._n_more}
+        texts = {} if self._next is None else self._next.tensors()
+        states = gather("the texts of the next rollout", (texts, self._n_more))
+        tensors = {f"{rank}.{name}": t for rank, (own, _) in enumerate(states) for name, t in own.items()}
+        return tensors, {"n_more": [n_more for _, n_more in states]}
 
-    def load_state_dict(self, tensors: dict[str, Tensor], meta: dict[str, int]) -> None:
-        """Restore what `state_dict` returned; without `ahead`, the texts of older weights are not used."""
-        self._n_more = meta["n_more"]
-        self._next = NextTexts.of_tensors(tensors) if tensors and self.ahead else None
+    def load_state_dict(self, tensors: dict[str, Tensor], meta: dict[str, list[int]]) -> None:
+        """Restore what `state_dict` returned; without `ahead`, the texts of older weights are not used.
+
+        On another number of processes the texts are not used either, since the episodes begin anew.
+        """
+        here, saved = world(), meta["n_more"]
+        rank, size = (0, 1) if here is None else (here.rank, here.size)
+        is_same = len(saved) == size
+        self._n_more = saved[rank] if is_same else sum(saved) // size
+        own = {name.removeprefix(f"{rank}."): t for name, t in tensors.items() if name.startswith(f"{rank}.")}
+        self._next = NextTexts.of_tensors(own) if own and is_same and self.ahead else None
 
 
 def _key(row: np.ndarray) -> bytes:
     """Return a row without padding as bytes: the key under which an episode finds the text for its prompt."""
     return row[row != PADDING].astype(np.int64).tobytes()
-
-
-def _refusal(model: BaseAlgorithm) -> str | None:
-    """Return the reason why an engine cannot write the rollouts of a model; None where it can."""
-    policy, env = cast("LMPolicy", model.policy), text_vec_env(model.get_env()).env
-    sampling = policy.lm.sampling
-    if sampling.has_support or sampling.repetition_penalty != 1:
-        return (
-            f"Expected a temperature alone with EngineRollouts, got {sampling}: an engine does not answer which tokens "
-            "it has left out or penalised, so the policy could not score under the same distribution."
-        )
-    if env.masks:
-        return (
-            "Expected an env without `mask` with EngineRollouts, got one with: the engine writes many tokens ahead, "
-            "and what a mask allows depends on each of them."
-        )
-    if policy.backbone.is_encoder_decoder:
-        return (
-            "Expected a causal language model with EngineRollouts, got an encoder-decoder: a request is one row of "
-            "tokens, and does not say which of them the encoder reads."
-        )
-    if isinstance(policy, FlatLMPolicy):
-        return (
-            "Expected PPO or A2C with EngineRollouts, got TRPO: it bounds its steps by a divergence over states, which "
-            "would be those of the engine, unweighted."
-        )
-    if world() is not None:
-        return (
-            "Expected one process with EngineRollouts, got several: they would send their weights to one engine, or "
-            "start one each."
-        )
-    if vars(model).get("normalize_advantage"):
-        return (
-            "Expected normalize_advantage=False of the algorithm with EngineRollouts, got True, which subtracts a mean "
-            "after the weights and is biased: pass rollout_buffer_kwargs=dict(normalize_advantage=True)."
-        )
-    return None

@@ -15,9 +15,11 @@ from stable_baselines3.common.vec_env.base_vec_env import VecEnvIndices, tile_im
 from textenv.lanes.finished_episodes import Place
 from textenv.lanes.lanes import Lanes
 from textenv.lanes.rendering import picture, render_row
+from textenv.prompts.priority import PriorityCursor
 from textenv.text.printable import printable
 from textenv.vector import unwrap_text_env
 
+from ..distributed.collectives import gather
 from ..distributed.hangs import note_progress
 from ..distributed.world import world
 from ..policies.tensor_notes import TerminalObservation
@@ -179,6 +181,16 @@ class TextVecEnv(VecEnv):
         self.record = RolloutRecord(self.lanes.n_steps, is_kept=True)
         self.lanes.begin_rollout(defer_scores, accept_dropped)
 
+    def agree_on_prompts(self) -> None:
+        """Bring the table of an order by priority up to date with the draws and rewards of all processes.
+
+        All processes must call it: `DataParallel` does so before each rollout. Nothing happens with one process or
+        another order.
+        """
+        cursor = self.lanes.dealer.cursor
+        if self.world is not None and isinstance(cursor, PriorityCursor):
+            cursor.agree(gather("the draws of prompts", cursor.news()))
+
     @property
     def defers_scores(self) -> bool:
         """Whether finished episodes wait for `score_unscored`."""
@@ -195,7 +207,11 @@ class TextVecEnv(VecEnv):
         return scores
 
     def state_dict(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-        """Return the running episodes and the prompts' order, as arrays and as entries that fit JSON."""
+        """Return the running episodes and the prompts' order, as arrays and as entries that fit JSON.
+
+        With several processes and an order by priority, all must call it.
+        """
+        self.agree_on_prompts()
         arrays, meta = self.lanes.state_dict()
         own = {"np_random": self.env.np_random.bit_generator.state, "failures": self.env.failures.state_dict()}
         return arrays, {**meta, **own}

@@ -15,7 +15,7 @@ from ..distributed.gradients import AgreedTarget
 from ..distributed.world import world
 from ..policies.lm_policy import LMPolicy
 from ..rollout.buffer import DATA_PARALLEL, SequenceRolloutBuffer
-from .step import Order, RolloutStep, sequence_buffer
+from .step import Order, RolloutStep, sequence_buffer, text_vec_env
 
 SETTINGS = (
     "n_steps",
@@ -32,7 +32,7 @@ BUFFER_SETTINGS = ("advantage", "critic_lambda", "lambda_alpha", "normalize_adva
 # Counts are added up; other figures are averaged.
 SUMMED = (
     *("episode/dropped", "episode/failed", "time/prefill_tokens", "time/shared_tokens"),
-    *("groups/dropped", "groups/trained", "groups/extra_tokens"),
+    *("groups/dropped", "groups/trained", "groups/extra_tokens", "engine/calls"),
 )
 ROLLOUT_SECONDS = "time/rollout_seconds"
 WAITED_SECONDS = "time/waited_seconds"
@@ -85,7 +85,8 @@ class DataParallel(RolloutStep):
                 raise ValueError(f"Expected the same settings in all processes, got others in rank {rank}: {unlike}.")
 
     def begin(self) -> None:
-        """Share the log, and the decision to break an update off, among the processes; start the clock."""
+        """Share the log, the break of an update and the table of prompts among the processes; start the clock."""
+        text_vec_env(self.algorithm.get_env()).agree_on_prompts()
         self._clock = time.perf_counter()
         logger = vars(self.algorithm).get("_logger")  # none before the first `learn`
         if logger is not None and not isinstance(logger, SharedLogger):

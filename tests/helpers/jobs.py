@@ -387,8 +387,8 @@ def extras_together():
         warnings.simplefilter("ignore")
         model = tiny_agent(env, n_envs=N_LANES, check=True, policy_kwargs=kwargs)
         model.learn(3 * 32, callback=[TrainingWarnings(), FiniteUpdates(), KLPenalty(0.05)])
-    dealer = model.get_env().lanes.dealer
-    return sum_of_weights(model), model.num_timesteps, dealer.cursor.draws.tolist()
+    model.get_env().agree_on_prompts()
+    return sum_of_weights(model), model.num_timesteps, model.get_env().lanes.dealer.cursor.draws.tolist()
 
 
 def remote_rank(folder, addresses, key_file):

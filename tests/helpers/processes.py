@@ -10,14 +10,18 @@ import traceback
 
 from agents.distributed import world
 from tests.agents.cli import several
-from tests.agents.distributed import device_jobs, loading_jobs
+from tests.agents.distributed import device_jobs, loading_jobs, prompt_jobs
+from tests.agents.engines import engine_jobs
 from tests.helpers import advantage_jobs, group_jobs, jobs, mistakes, surrogate_jobs, value_jobs
 from tests.helpers.command import ROOT
 
 # Children are forked from a server that has imported everything once and has never run a backward pass: the threads
 # that a backward pass starts do not survive a fork.
 CONTEXT = multiprocessing.get_context("forkserver")
-MODULES = (several, mistakes, advantage_jobs, surrogate_jobs, group_jobs, value_jobs, jobs, loading_jobs, device_jobs)
+MODULES = (
+    *(several, mistakes, advantage_jobs, surrogate_jobs, group_jobs, value_jobs, prompt_jobs, engine_jobs, jobs),
+    *(loading_jobs, device_jobs),
+)
 JOBS = {name: job for module in MODULES for name, job in vars(module).items()}
 CONTEXT.set_forkserver_preload([module.__name__ for module in MODULES])
 
@@ -65,9 +69,10 @@ def train(size, job, *args, **kwargs):
     return results
 
 
-def torchrun(folder, *words, options=()):
+def torchrun(folder, *words, options=(), script="tests/helpers/launched.py"):
     """Run two processes of `launched.py` by torchrun; return the finished launcher and the seconds it took."""
-    return run_script(folder, *words, options=["torch.distributed.run", "--nproc_per_node=2", *options])
+    options = ["torch.distributed.run", "--nproc_per_node=2", *options]
+    return run_script(folder, *words, options=options, script=script)
 
 
 def accelerate(folder, *words, options=()):
@@ -76,7 +81,7 @@ def accelerate(folder, *words, options=()):
     return run_script(folder, *words, options=["accelerate.commands.launch", "--num_processes=2", *quiet, *options])
 
 
-def run_script(folder, *words, options):
+def run_script(folder, *words, options, script="tests/helpers/launched.py"):
     folder.mkdir(exist_ok=True)
     launcher, *options = options
     port = "--master_port" if "torch" in launcher else "--main_process_port"
@@ -84,7 +89,7 @@ def run_script(folder, *words, options):
     done = subprocess.run(
         [
             *(sys.executable, "-m", launcher, f"{port}={free_port()}", *options),
-            *("tests/helpers/launched.py", words[0], str(folder), *words[1:]),
+            *(script, words[0], str(folder), *words[1:]),
         ],
         capture_output=True,
         text=True,

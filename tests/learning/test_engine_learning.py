@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from agents import EngineRollouts, LocalEngine
-from tests.helpers.engines import InProcess
+from tests.helpers.engines import Background, InProcess
 from tests.helpers.training import tiny_config
 from tests.learning.test_learning import TASKS, TOKENIZER, build, learn
 
@@ -37,3 +37,13 @@ def test_it_learns_from_an_engine_that_samples_at_another_temperature(heat):
         results.append(after)
         assert before < 0.35
     assert np.min(results) > 0.8
+
+
+def test_it_learns_from_texts_that_are_one_update_old_and_not_with_the_reward_switched_off():
+    task = TASKS["always"]
+    engine = Background(model_of(), len(TOKENIZER))
+    before, after = learn(build(task, seed=SEEDS[0]), task, callback=EngineRollouts(engine, ahead=True))
+    assert before < 0.35 and after > 0.9
+    off = build(task, reward=lambda prompt, preds, done: 0.0, seed=SEEDS[0])
+    before, after = learn(off, task, callback=EngineRollouts(Background(model_of(), len(TOKENIZER)), ahead=True))
+    assert after < 0.35 and abs(after - before) < 0.15

@@ -25,8 +25,8 @@ class PromptDealer:
 
     Attributes:
         shard: (r, w) if w processes share the env's prompts: this process, the r-th, takes every w-th draw of the
-            order. Set it before the first `seed`. Draws by priority are not shared: each process has its own rewards
-            and random generator.
+            order or by priority. Set it before the first `seed`. With an order by priority, the processes agree on
+            what they have drawn and earned by `cursor.agree`.
         cursor: The order of the env's prompts; None before the first `seed`.
         queue: The rows passed to `reset` that have not begun; None if `reset` was called without rows.
         n_groups: The number of groups that have begun.
@@ -56,7 +56,7 @@ class PromptDealer:
         """
         order, n_prompts = self.env.order, len(self.env.prompts)
         if isinstance(order, PrioritySampling):
-            self.cursor = order.cursor(n_prompts, seed + self.shard[0])  # each process draws differently
+            self.cursor = order.cursor(n_prompts, seed, self.shard)
         else:
             self.cursor = PromptCursor(n_prompts, order, seed, self.shard)
         self.n_groups, self.left = 0, 0

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from itertools import zip_longest
+from typing import Any, Literal, NamedTuple, TypeVar, get_args
 
 import numpy as np
 
 By = Literal["reward", "spread", "novelty"]
+
+Item = TypeVar("Item")
 
 PROMPT_ARRAYS = ("draws", "last_draw", "n_rewards", "mean", "variance")  # of `PriorityCursor`, one entry a prompt
 
@@ -37,6 +40,7 @@ class PrioritySampling:
     A prompt with no reward yet (for "spread": with fewer than two) has the highest priority, 1. Late scores
     (`score_at="rollout_end"`) count once they are known. Episodes of rows that the user passes to `reset` do not count.
     A draw computes the probabilities of all prompts: 0.1 ms with 1,000 prompts and 7 ms with 100,000.
+    W processes that train together draw from one table (see `PriorityCursor`), and each computes the draws of all.
     There are no importance weights: the policy is trained on this distribution of prompts, not on that of the data set.
 
     Args:
@@ -74,32 +78,66 @@ class PrioritySampling:
         if not 0 < self.rate <= 1:
             raise ValueError(f"Expected `rate` above 0 and at most 1, got {self.rate}.")
 
-    def cursor(self, n_prompts: int, seed: int) -> PriorityCursor:
-        """Return the cursor that draws from `n_prompts` prompts, with a seed."""
-        return PriorityCursor(self, n_prompts, seed)
+    def cursor(self, n_prompts: int, seed: int, shard: tuple[int, int] = (0, 1)) -> PriorityCursor:
+        """Return the cursor that draws from `n_prompts` prompts, with a seed; see there for `shard`."""
+        return PriorityCursor(self, n_prompts, seed, shard)
+
+
+class News(NamedTuple):
+    """What a process has drawn and earned since all processes agreed on the table of prompts.
+
+    Attributes:
+        draws: The numbers of its prompts, in the order of its draws.
+        rewards: The numbers and rewards of its finished episodes, in the order in which they became known.
+        rng: The state of its generator, after its last draw.
+    """
+
+    draws: list[int]
+    rewards: list[tuple[int, float]]
+    rng: Mapping[str, Any]
 
 
 class PriorityCursor:
     """The draws of prompts by priority; its state holds rewards and random generator, so that a run can be resumed.
 
+    W processes share one table and one sequence of draws: each process computes the whole sequence, and takes every
+    W-th draw. So no draw is used twice, and a prompt is drawn as often as one process would draw it. What episodes have
+    earned enters the table when the processes agree: they exchange their `news` and pass all of them to `agree`, once a
+    rollout for example. One process has nothing to agree on: its rewards count at once.
+
     Args:
         sampling: The definition of priorities.
         n_prompts: The number of prompts, N.
-        seed: The seed of the draws.
+        seed: The seed of the draws, the same in all processes.
+        shard: (r, w) where w processes share the draws: this process takes every w-th, starting with draw r since they
+            agreed (r counts from 0).
 
     Attributes:
         number: The prompt that `advance` returned last, -1 before.
-        n_draws: The number of draws so far.
+        n_draws: The number of draws so far, those of other processes up to the last one of this process included.
         draws: The number of draws of each prompt, (N,) int64.
         last_draw: The number of the draw in which each prompt came last, from 1; 0 for never, (N,) int64.
         n_rewards: The number of known rewards of each prompt, (N,) int64.
         mean: The moving average of each prompt's rewards, (N,) float64.
         variance: Their variance, a moving average as well, (N,) float64.
+
+    Example:
+        >>> first, second = (PrioritySampling().cursor(5, seed=0, shard=(rank, 2)) for rank in (0, 1))
+        >>> drawn = [first.advance(), second.advance(), first.advance(), second.advance()]
+        >>> one = PrioritySampling().cursor(5, seed=0)
+        >>> drawn == [one.advance() for _ in range(4)]
+        True
+        >>> second.observe(drawn[1], 1.0)
+        >>> news = [first.news(), second.news()]
+        >>> first.agree(news)
+        >>> first.n_draws, float(first.mean[drawn[1]])
+        (4, 1.0)
     """
 
-    def __init__(self, sampling: PrioritySampling, n_prompts: int, seed: int) -> None:
+    def __init__(self, sampling: PrioritySampling, n_prompts: int, seed: int, shard: tuple[int, int] = (0, 1)) -> None:
         self.sampling = sampling
         self.seed = seed
+        self.shard = shard
         self.number = -1
         self.n_draws = 0
         self.rng = np.random.default_rng(seed)
@@ -108,14 +146,27 @@ class PriorityCursor:
         self.n_rewards = np.zeros(n_prompts, dtype=np.int64)
         self.mean = np.zeros(n_prompts, dtype=np.float64)
         self.variance = np.zeros(n_prompts, dtype=np.float64)
+        self._mark_agreed()
+
+    def _mark_agreed(self) -> None:
+        """Keep the counts that all processes have agreed on, from which each of them draws ahead for all."""
+        self._agreed = self.n_draws, self.draws.copy(), self.last_draw.copy()
+        self._own_draws: list[int] = []
+        self._own_rewards: list[tuple[int, float]] = []
 
     def observe(self, number: int, reward: float) -> None:
-        """Update the averages of a prompt with the reward of a finished episode.
+        """Update the averages of a prompt with the reward of a finished episode; of several processes, in `agree`.
 
         Args:
             number: The number of the prompt.
             reward: The sum of the episode's rewards.
         """
+        if self.shard[1] > 1:
+            self._own_rewards.append((number, float(reward)))
+        else:
+            self._average(number, reward)
+
+    def _average(self, number: int, reward: float) -> None:
         rate = self.sampling.rate if self.n_rewards[number] else 1.0  # the averages start at the first reward
         difference = reward - self.mean[number]
         self.mean[number] += rate * difference
@@ -143,14 +194,54 @@ class PriorityCursor:
 
     def advance(self) -> int:
         """Draw the next prompt and return its number."""
-        self.number = int(self.rng.choice(len(self.draws), p=self.probabilities()))
+        (rank, size), n_agreed = self.shard, self._agreed[0]
+        while True:
+            turn = (self.n_draws - n_agreed) % size  # the rank of the process that takes this draw
+            number = int(self.rng.choice(len(self.draws), p=self.probabilities()))
+            self._count(number)
+            if turn == rank:
+                break
+        if size > 1:
+            self._own_draws.append(number)
+        self.number = number
+        return number
+
+    def _count(self, number: int) -> None:
         self.n_draws += 1
-        self.draws[self.number] += 1
-        self.last_draw[self.number] = self.n_draws
-        return self.number
+        self.draws[number] += 1
+        self.last_draw[number] = self.n_draws
+
+    def news(self) -> News:
+        """Return what this process has drawn and earned since the processes agreed."""
+        return News(self._own_draws, self._own_rewards, self.rng.bit_generator.state)
+
+    def agree(self, news: Sequence[News]) -> None:
+        """Bring the table up to date with the news of all processes, after which it is the same in all of them.
+
+        Draws and rewards count in turns: the first ones of all processes in the order of their ranks, then the second
+        ones. Draws that this process has computed and that no process has taken do not count. All continue with the
+        generator of the process that has come furthest.
+
+        Args:
+            news: What `news` returned in each process, by rank.
+        """
+        self.n_draws, self.draws, self.last_draw = self._agreed
+        for number in _in_turns([own.draws for own in news]):
+            self._count(number)
+        for number, reward in _in_turns([own.rewards for own in news]):
+            self._average(number, reward)
+        furthest = max(range(len(news)), key=lambda rank: (len(news[rank].draws), rank))
+        self.rng.bit_generator.state = news[furthest].rng
+        self._mark_agreed()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return all that the next draws depend on, ready for JSON."""
+        """Return all that the next draws depend on, ready for JSON.
+
+        Raises:
+            RuntimeError: If there are news that the other processes do not have.
+        """
+        if self._own_draws or self._own_rewards:
+            raise RuntimeError("Expected processes that have agreed on their draws to be saved: call `agree` first.")
         return {
             "seed": self.seed,
             "number": self.number,
@@ -165,9 +256,17 @@ class PriorityCursor:
         self.rng.bit_generator.state = state["rng"]
         for name in PROMPT_ARRAYS:
             getattr(self, name)[:] = state["prompts"][name]
+        self._mark_agreed()
 
 
 def _shares(weights: np.ndarray) -> np.ndarray:
     """Return weights divided by their sum; equal shares if all are 0."""
     total = weights.sum()
     return weights / total if total > 0 else np.full(len(weights), 1 / len(weights))
+
+
+def _in_turns(lists: Sequence[Sequence[Item]]) -> Iterator[Item]:
+    """Yield the first item of each list, then the second of each, and so on; lists may end before others."""
+    nothing = object()  # an item may be None
+    for items in zip_longest(*lists, fillvalue=nothing):
+        yield from (item for item in items if item is not nothing)  # type: ignore[misc]

@@ -18,6 +18,7 @@ from agents import (
 )
 from agents.doctor import examine as doctor
 from agents.engines.protocol import BackgroundEngine
+from agents.rollout.importance import Correction
 from tests.agents.engines.test_engine import CASES, CLOSE
 from tests.helpers.engines import LANES, STEPS, Background, InProcess, build, often
 from tests.helpers.models import few
@@ -107,6 +108,19 @@ def test_a14_texts_are_by_the_weights_before_the_update_and_ratios_by_those_afte
         assert 0.3 < min(check.shares) < 1, "what is missing is written by the new weights"
     assert all(rollout["engine/kl_k3"] > 1e-6 for rollout in figures.rollouts[1:])
     assert engine.n_loads == 4, "once per update"
+
+
+def test_the_loss_uses_the_weights_of_older_texts(monkeypatch):
+    """With all weights 1 the updates differ; texts by the policy's own weights have weights of 1 anyway."""
+
+    def run(ahead):
+        model = build(WHOLE, {"learning_rate": 0.3})
+        model.learn(3 * ROLLOUT, callback=EngineRollouts(Background(), ahead=ahead))
+        return torch.cat([weight.flatten() for weight in weights(model).values()])
+
+    early, plain = run(True), run(False)
+    monkeypatch.setattr(Correction, "weights", lambda self, ours, *_: np.ones(len(ours), dtype=np.float32))
+    assert (run(True) - early).abs().max() > 1e-4 and (run(False) - plain).abs().max() < 1e-6
 
 
 def test_the_answer_is_waited_for_after_the_update():

@@ -6,7 +6,6 @@ import torch
 from sb3_contrib import TRPO, MaskablePPO
 from stable_baselines3.common.buffers import RolloutBuffer
 
-import agents.engines.rollouts
 from agents import EngineRollouts
 from agents.engines.protocol import Completion, Request, check_completions
 from tests.helpers.engines import LANES, STEPS, InProcess, build, often
@@ -41,12 +40,12 @@ def test_what_an_engine_cannot_do_is_refused(case):
     assert engine.n_loads == 0 and model.policy.samples_itself
 
 
-def test_several_processes_and_the_stock_buffer_are_refused(monkeypatch):
+def test_sharded_weights_and_the_stock_buffer_are_refused():
     with pytest.raises(TypeError, match="Expected rollout_buffer_class=SequenceRolloutBuffer"):
         EngineRollouts(InProcess()).attach(make_ppo(rollout_buffer_class=RolloutBuffer))
     model = build({}, {})
-    monkeypatch.setattr(agents.engines.rollouts, "world", lambda: object())
-    with pytest.raises(ValueError, match="Expected one process with EngineRollouts"):
+    model.policy.lm.shards = object()
+    with pytest.raises(ValueError, match="Expected whole weights in each process with EngineRollouts, got sharded"):
         EngineRollouts(InProcess()).attach(model)
 
 

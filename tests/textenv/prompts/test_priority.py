@@ -162,6 +162,73 @@ def test_bad_settings_are_refused(kwargs, words):
         PrioritySampling(**kwargs)
 
 
+# Several processes
+
+
+def cursors(size, **kwargs):
+    return [PrioritySampling(**kwargs).cursor(6, seed=4, shard=(rank, size)) for rank in range(size)]
+
+
+def agree(together):
+    news = [own.news() for own in together]
+    [own.agree(news) for own in together]
+
+
+def paid(together):
+    """Let every prompt earn its number, and all agree; return the cursors."""
+    for number in range(6):
+        together[number % len(together)].observe(number, float(number))
+    if len(together) > 1:
+        agree(together)
+    return together
+
+
+@pytest.mark.parametrize("by", ["reward", "spread", "novelty"])
+@pytest.mark.parametrize("size", [2, 3])
+def test_the_draws_of_several_processes_are_those_of_one(by, size):
+    together = paid(cursors(size, by=by, staleness=0.3))
+    drawn = [own.advance() for _ in range(8) for own in together]
+    (one,) = paid(cursors(1, by=by, staleness=0.3))
+    assert drawn == [one.advance() for _ in drawn] and len(set(drawn)) > 3
+    agree(together)
+    assert all(own.state_dict() == one.state_dict() | {"number": own.number} for own in together)
+    apart = [PrioritySampling(by, staleness=0.3).cursor(6, seed=4) for _ in range(2)]
+    assert [own.advance() for own in apart] != drawn[:2], "the control: without a shard both make the same draw"
+
+
+def test_processes_that_draw_unequally_often_agree_by_hand():
+    """Rank 0 makes draws 0, 2 and 4 of the sequence, and rank 1 draw 1; they count as draws 1, 3, 4 and 2."""
+    first, second = paid(cursors(2, staleness=0.3))
+    mine, theirs = [first.advance() for _ in range(3)], second.advance()
+    assert first.n_draws == 5 and second.n_draws == 2, "each computes the draws of both"
+    (one,) = paid(cursors(1, staleness=0.3))
+    in_turn = [mine[0], theirs, *mine[1:]]
+    sequence = [one.advance() for _ in range(5)]
+    assert sequence[:3] + sequence[4:] == in_turn, "draw 3 would have been rank 1's"
+    agree([first, second])
+    resumed = cursors(2, staleness=0.3)
+    [own.load_state_dict(json.loads(json.dumps(first.state_dict()))) for own in resumed]
+    for own in (first, second):
+        assert own.n_draws == 4 and own.draws.tolist() == np.bincount(in_turn, minlength=6).tolist()
+        assert all(own.last_draw[number] == i for i, number in enumerate(in_turn, 1) if number not in in_turn[i:])
+        assert own.rng.bit_generator.state == one.rng.bit_generator.state, "of the one that came furthest"
+    assert [first.advance(), second.advance()] == [own.advance() for own in resumed]
+
+
+def test_rewards_of_several_processes_count_in_turns_when_they_agree():
+    """At rate 1/2 the rewards 1, 2, 0 of a prompt have the means 1, 3/2 and 3/4; 1, 0, 2 would have 5/4."""
+    first, second = cursors(2, rate=0.5)
+    first.observe(0, 1.0), first.observe(0, 0.0), second.observe(0, 2.0)
+    assert first.mean[0] == second.mean[0] == 0.0, "not before"
+    with pytest.raises(RuntimeError, match="Expected processes that have agreed on their draws to be saved"):
+        first.state_dict()
+    agree([first, second])
+    assert first.mean[0] == second.mean[0] == 0.75 and first.n_rewards.tolist() == [3, 0, 0, 0, 0, 0]
+    (one,) = cursors(1, rate=0.5)
+    [one.observe(0, reward) for reward in (1.0, 2.0, 0.0)]
+    assert first.state_dict() == second.state_dict() == one.state_dict()
+
+
 # In the env
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import contextlib
 import io
+import logging
 import os
 import posixpath
 import re
@@ -269,8 +270,14 @@ def generated_pages() -> dict[str, str]:
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Add the pages and pictures that are not in docs/."""
+    """Add the pages and pictures that are not in docs/; without jieba, warn, which ends a strict build."""
     from mkdocs.structure.files import File
+
+    if find_spec("jieba") is None:  # without which the theme says nothing, and takes whole sentences for words
+        logging.getLogger("mkdocs.hooks").warning(
+            "Expected the package jieba, which finds the words of Chinese pages for the search, got none: "
+            'pip install -c constraints.txt -e ".[docs]"'
+        )
 
     for made in (pages_elsewhere, generated_pages):  # `mkdocs serve` builds anew after each change
         made.cache_clear()
@@ -287,6 +294,12 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     if name == "CHANGELOG.md":
         page.meta["search"] = {"boost": 0.1}  # its long lists match any search, and would stand before the guides
     return markdown if name in generated_pages() else with_figures(with_links(markdown, name))
+
+
+def on_post_page(output: str, page: Page, config: MkDocsConfig) -> str:
+    """Declare Chinese pages as Chinese: browsers choose fonts by it, and screen readers their voice."""
+    is_chinese = page.file.src_uri.startswith("zh/")
+    return output.replace('<html lang="en"', '<html lang="zh-Hans"', 1) if is_chinese else output
 
 
 def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:

@@ -3,6 +3,7 @@
 import ast
 import importlib.util
 from contextlib import suppress
+from types import SimpleNamespace
 
 import pytest
 
@@ -16,7 +17,12 @@ from textenv.text.named_tokenizer import read_tokenizer
 
 DOCS = ROOT / "docs"
 SCALE = {"docs/engines.md", "docs/scaling.md"}  # engines and several processes: run in tests/agents, parsed here
-PAGES = sorted(path.relative_to(ROOT).as_posix() for path in DOCS.rglob("*.md") if "```python" in path.read_text())
+# docs/zh/ has the blocks of the English pages, as test_chinese.py shows.
+PAGES = sorted(
+    path.relative_to(ROOT).as_posix()
+    for path in DOCS.rglob("*.md")
+    if "```python" in path.read_text(encoding="utf-8") and DOCS / "zh" not in path.parents
+)
 GROUPS = "docs/losses.md"  # its blocks use a reader's own env and models
 
 
@@ -87,6 +93,15 @@ def test_links_of_the_repository_become_links_of_the_site(pages):
     moved = pages.with_links("[a](../../examples/masked_json.py)", "guides/masks.md")
     assert moved == "[a](../examples/masked_json.py.md)"
     assert pages.with_links("| `a \\| b` |", "guides/masks.md") == "| `a | b` |"
+
+
+def test_the_chinese_pages_say_that_they_are_chinese(pages):
+    def page(name):
+        return SimpleNamespace(file=SimpleNamespace(src_uri=name))
+
+    html = '<html lang="en" class="no-js">'
+    assert pages.on_post_page(html, page("zh/index.md"), None) == '<html lang="zh-Hans" class="no-js">'
+    assert pages.on_post_page(html, page("index.md"), None) == html
 
 
 def test_options_are_kept_whole(pages):

@@ -96,6 +96,7 @@ def test_it_goes_on_in_another_number_of_processes(size, home, trained):
     assert all(math.isfinite(row["train/loss"]) for row in rows(run)[1:])
 
 
+@pytest.mark.slow
 def test_texts_and_evaluations_do_not_depend_on_the_number_of_processes(home, trained, monkeypatch):
     """Four prompts a share: the same lines in the same order, the same table, the same file; printed once."""
     run, _ = trained(1)

@@ -65,7 +65,7 @@ def test_the_slowest_rank_waits_least():
 
 
 SLOW = pytest.mark.slow
-CASES = [("reward", None), *(pytest.param(where, None, marks=SLOW) for where in ("rollout", "forward", "optimizer"))]
+CASES = [pytest.param(where, None, marks=SLOW, id=where) for where in ("reward", "rollout", "forward", "optimizer")]
 WAYS = {"gathered": Sharded(), "lock-step": Sharded(gather=False)}
 CASES += [
     pytest.param(where, shard, marks=SLOW, id=f"{where}-{way}")

@@ -49,7 +49,7 @@ from agents.models.sampling import TokenDistribution
 from agents.policies.actor_critic import LMActorCritic
 from tests.helpers.models import randomise_critic, tiny_mixture
 from tests.helpers.seq2seq import tiny_seq2seq
-from tests.helpers.training import TOKENIZER, tiny_agent, tiny_config, tiny_env
+from tests.helpers.training import TOKENIZER, numbers_of_draws, tiny_agent, tiny_config, tiny_env
 from textenv import AllowedMask, PrioritySampling
 from textenv.rewards import DROPPED
 
@@ -247,16 +247,7 @@ def shared_agent(n_prompts=200, **kwargs):
             **kwargs,
         },
     )
-    dealer, numbers = model.get_env().lanes.dealer, []
-    deal = dealer.deal
-
-    def deal_and_note():
-        prompt, group = deal()
-        numbers.append(prompt.number)
-        return prompt, group
-
-    dealer.deal = deal_and_note
-    return model, numbers
+    return model, numbers_of_draws(model)
 
 
 def run_between_checkpoints(folder, n_iterations, load=None, save=None, shard=None):

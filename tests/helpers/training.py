@@ -131,3 +131,17 @@ def run_state(model):
         "counters": (model.num_timesteps, model._n_updates, model._current_progress_remaining),
         "steps": sorted(buffer.expected_steps),
     }
+
+
+def numbers_of_draws(model):
+    """Return a list that gets the number of each prompt that the lanes of a model draw from now on."""
+    dealer, numbers = model.get_env().lanes.dealer, []
+    deal = dealer.deal
+
+    def deal_and_note():
+        prompt, group = deal()
+        numbers.append(prompt.number)
+        return prompt, group
+
+    dealer.deal = deal_and_note
+    return numbers

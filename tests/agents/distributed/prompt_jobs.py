@@ -4,7 +4,7 @@ import warnings
 
 from agents import load_checkpoint, save_checkpoint
 from tests.helpers.jobs import LETTERS, N_LANES, choose_by_row
-from tests.helpers.training import tiny_agent, tiny_env
+from tests.helpers.training import numbers_of_draws, tiny_agent, tiny_env
 from textenv import PrioritySampling
 
 PROMPTS = [LETTERS[i] for i in range(12)]
@@ -30,16 +30,7 @@ def priority_agent(by, scripted=True, alpha=1.0):
     env = tiny_env(later_is_easier, PROMPTS, score_at="rollout_end", order=order, **kwargs)
     buffer = {"complete_episodes": True, "normalize_advantage": True}
     model = tiny_agent(env, N_LANES, n_steps=4 if scripted else 8, rollout_buffer_kwargs=buffer)
-    dealer, numbers = model.get_env().lanes.dealer, []
-    deal = dealer.deal
-
-    def deal_and_note():
-        prompt, group = deal()
-        numbers.append(prompt.number)
-        return prompt, group
-
-    dealer.deal = deal_and_note
-    return model, numbers
+    return model, numbers_of_draws(model)
 
 
 def drawn_by_priority(n_rollouts, load, save, *args):

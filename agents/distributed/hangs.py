@@ -162,6 +162,7 @@ class Watch:
         self._frames: tuple[tuple[int, int], ...] = ()
         self._frames_since = time.monotonic()
         self._stopped = threading.Event()
+        note_progress()  # the time since this module was imported says nothing
         self._tell()
 
     def start(self) -> None:

@@ -95,9 +95,12 @@ def test_a_reward_that_waits_for_people_longer_than_the_timeout_is_no_hang():
 @pytest.mark.slow
 def test_a_process_that_was_stopped_is_named_and_one_in_another_collective_too():
     (error, *_), _ = launch(2, "hangs", "reward", None, TIMEOUT, environments=SOON, timeout=20)
-    assert isinstance(error, ProcessLost) and re.search("no answer of rank 1 for 2 s, last seen at", str(error)), error
+    assert isinstance(error, ProcessLost) and re.search(r"no answer of rank 1 for \d s, last seen at", str(error)), (
+        error
+    )
     error, other = launch(2, "hangs", "collective", 0, TIMEOUT, environments=SOON)
-    assert isinstance(error, ProcessLost) and "none of rank 0 for 10 s" in str(error) and "at 'two'" in str(error)
+    assert isinstance(error, ProcessLost) and re.search(r"none of rank 0 for \d\d s", str(error)), error
+    assert "at 'two'" in str(error)
     assert "rank 1 waits for it at 'torch.distributed, barrier'" in str(error) and "Timed out" in str(other)
 
 

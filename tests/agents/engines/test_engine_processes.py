@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from agents import EngineLost
-from agents.distributed.collectives import ProcessLost
+from agents.distributed.hangs import ProcessLost
 from tests.helpers.processes import launch, torchrun, train
 
 CLOSE = 1e-5  # the largest difference of log-probabilities that caches and batches of another size may cause
@@ -89,6 +89,6 @@ def test_a_local_engine_in_each_process_or_for_all_writes_as_engines_inside_them
         assert (first[name][2], second[name][2]) == n_loads, name
     (kind, said), (other_kind, quoted) = first["killed"], second["killed"]
     assert kind == "EngineLost" and "Expected an answer of the engine's process, got its end, by signal 9" in said
-    assert other_kind == "ProcessLost" and quoted == f"Rank 0 of 2 processes stopped: EngineLost: {said}"
+    assert other_kind == "ProcessStopped" and quoted == f"Rank 0 of 2 processes stopped: EngineLost: {said}"
     (kind, said), (other_kind, quoted) = first["refused"], second["refused"]
-    assert kind == "TypeError" and other_kind == "ProcessLost" and said in quoted
+    assert kind == "TypeError" and other_kind == "ProcessStopped" and said in quoted

@@ -74,32 +74,39 @@ def set_timeout(words: Sequence[str]) -> None:
 
 def _timeout(words: Sequence[str]) -> str | None:
     """Return the seconds of --timeout, which are checked; None without it."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    parser.add_argument("--timeout")
     try:
-        found = parser.parse_known_args(list(words))[0].timeout
+        text, _ = _take(words, "--timeout")
     except argparse.ArgumentError:  # without a value: the verb's own parser says so
         return None
-    if found is not None:
+    if text is not None:
         try:
-            check_seconds("--timeout", found)
+            check_seconds("--timeout", text)
         except ValueError as error:
             raise CommandError(str(error)) from error
-    return cast("str | None", found)
+    return text
 
 
 def _number(words: Sequence[str]) -> tuple[int, list[str]]:
     """Return the number of processes, and the words without it."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    parser.add_argument("--processes")
     try:
-        found, rest = parser.parse_known_args(list(words))
+        text, rest = _take(words, "--processes")
     except argparse.ArgumentError as error:
         raise CommandError(f"Expected --processes N, the number of processes, got {error}.") from error
-    text = found.processes
     if text is None or not text.isascii() or not text.isdecimal() or int(text) < 1:
         raise CommandError(f"Expected --processes to be a number of 1 or more, got {text!r}.")
     return int(text), rest
+
+
+def _take(words: Sequence[str], option: str) -> tuple[str | None, list[str]]:
+    """Return the value of an option, None without it, and the words without both.
+
+    Raises:
+        argparse.ArgumentError: If the option has no value.
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument(option, dest="value")
+    found, rest = parser.parse_known_args(list(words))
+    return cast("str | None", found.value), rest
 
 
 def _environment(rank: int, n: int, port: int) -> dict[str, str]:

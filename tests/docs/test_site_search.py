@@ -16,12 +16,13 @@ def site(tmp_path_factory):
     pytest.importorskip("jieba", reason='needs jieba: pip install "textenv[docs]"')
     mkdocs = pytest.importorskip("mkdocs.commands.build", reason='needs mkdocs: pip install "textenv[docs]"')
     from mkdocs.config import load_config
+    from mkdocs.utils.yaml import yaml_load
 
     folder = tmp_path_factory.mktemp("site")
     for part in ("zh", "assets"):
         shutil.copytree(ROOT / "docs" / part, folder / "docs" / part)
     shutil.copy(ROOT / "docs/concepts.md", folder / "docs/index.md")
-    settings = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))
+    settings = yaml_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))  # mkdocs' own: it knows the tag !ENV
     for key in ("hooks", "nav", "validation"):
         del settings[key]
     settings["plugins"] = [plugin for plugin in settings["plugins"] if plugin == "offline" or "search" in plugin]

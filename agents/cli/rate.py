@@ -11,7 +11,6 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from tqdm.auto import tqdm
 from transformers.utils import logging as transformers_logging
 
 from textenv.checks.extras import check_extra
@@ -28,6 +27,7 @@ from ..configuration.config import TrainConfig
 from ..errors import CommandError, Exit, StorageError
 from ..evaluation.generation import generate, no_reward
 from ..policies.lm_policy import LMPolicy
+from ..small_models.progress import progress
 from .options import RATED_TOKENS, RateConfig, RateOptions
 from .prompt_files import prompts_for
 from .rate_training import train_by_hand
@@ -92,9 +92,9 @@ def _rate(config: TrainConfig | None, chosen: RateConfig, options: RateOptions, 
         if chosen.model is None:
             print(f"questions that wait in {chosen.db}, and new ones as they come; Ctrl-C or q ends")
         RatingTerminal(store, rater, chosen.kind).run(wait=chosen.model is None)
-        progress = store.progress(rater, chosen.kind)
-    print(f"{rater}: {progress.done} answered, {progress.skipped} skipped, {progress.left} left in {chosen.db}")
-    if progress.done:
+        counts = store.progress(rater, chosen.kind)
+    print(f"{rater}: {counts.done} answered, {counts.skipped} skipped, {counts.left} left in {chosen.db}")
+    if counts.done:
         print(f"next: textenv reward-model --from-feedback {chosen.db} --out DIR")
     return Exit.DONE
 
@@ -125,7 +125,7 @@ def ask(store: FeedbackStore, writer: Writer, prompts: Sequence[PromptLike], cho
     run = f"{chosen.model} {fingerprint(writer.policy, kind, n, scale, chosen.max_new_tokens, chosen.seed)}"
     known = Counter(question.prompt for question in questions_of(chosen.db, run))
     n_new = 0
-    for start in tqdm(range(0, len(prompts), CHUNK), desc="completions", unit="chunk", disable=None):
+    for start in progress(range(0, len(prompts), CHUNK), description="completions", unit="chunk"):
         rows = prompts[start : start + CHUNK]
         # The env turns rows into prompts, as `generate` does.
         env = TextEnv(rows, writer.tokenizer, reward=no_reward, max_new_tokens=1)

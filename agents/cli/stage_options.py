@@ -14,7 +14,7 @@ class StageOptions(TrustOptions):
     Args:
         resume: Continue an interrupted training; repeat its other arguments.
         overwrite: Replace an earlier output of the same kind in --out.
-        quiet: Show no progress bar.
+        quiet: Show no progress.
     """
 
     resume: bool = False

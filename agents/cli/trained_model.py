@@ -12,7 +12,6 @@ from typing import Any, NamedTuple, cast
 
 import numpy as np
 from stable_baselines3.common.utils import get_device
-from tqdm.auto import tqdm
 from transformers import AutoConfig, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
@@ -64,6 +63,7 @@ from ..runs.folder import SAMPLE, RunFolder, read_rows, to_line
 from ..runs.model_card import model_card
 from ..runs.policy_arguments import policy_arguments
 from ..small_models.demo_model import model_folder
+from ..small_models.progress import progress
 from .options import DoctorOptions, EvaluateOptions, ExportFlags, ExportOptions, GenerateOptions, OneModel
 from .prompt_files import prompts_for
 
@@ -267,7 +267,7 @@ def generate_lines(config: TrainConfig | None, chosen: GenerateOptions, options:
     prompts = prompts or list(writer.prompts)
     most = text_length(writer, prompts, chosen.max_new_tokens)
     # In a terminal the lines themselves show how far it is; a bar would tear them.
-    is_hidden = True if sys.stdout.isatty() or not is_main_process() else None
+    is_shown = is_main_process() and not sys.stdout.isatty()
     here = world()
     a_turn = CHUNK if here is None else CHUNK * here.size
 
@@ -284,7 +284,7 @@ def generate_lines(config: TrainConfig | None, chosen: GenerateOptions, options:
         )
         return [_line(text) for text in texts]
 
-    for begin in tqdm(range(0, len(prompts), a_turn), desc="prompts", unit="chunk", disable=is_hidden):
+    for begin in progress(range(0, len(prompts), a_turn), description="prompts", unit="chunk", is_shown=is_shown):
         turn = prompts[begin : begin + a_turn]
         for line in run_shares(partial(lines_of, begin), turn, CHUNK):
             print(line, flush=True)

@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from stable_baselines3.common.base_class import BaseAlgorithm
-from tqdm.auto import tqdm
 
 from textenv.env import TextEnv
 from textenv.episodes.rules import SEPARATOR, EndReason
@@ -22,6 +21,7 @@ from ..distributed.hangs import note_progress
 from ..models.interface import LengthError
 from ..policies.lm_policy import LMPolicy
 from ..rollout.vec_env import TextVecEnv
+from ..small_models.progress import progress
 
 USUAL_TOKENS = 64  # the most tokens of a text, for a policy without an env: the default of `TextEnv`
 
@@ -194,7 +194,7 @@ def run_episodes(
     ends: dict[int, FinalStep] = {}
     observations = lanes.reset(0, prompts)
     policy.set_training_mode(False)
-    with torch.no_grad(), tqdm(total=len(prompts), unit="text", disable=not progress_bar) as bar:
+    with torch.no_grad(), progress(total=len(prompts), description="texts", unit="text", is_shown=progress_bar) as bar:
         while not lanes.idle.all():
             batch = torch.as_tensor(observations, device=policy.device)
             allowed = torch.as_tensor(lanes.allowed(), device=policy.device) if env.masks else None

@@ -10,7 +10,8 @@ from typing import Protocol, TypeVar
 import numpy as np
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
+
+from .progress import progress
 
 IGNORED = -100  # the target that torch's `cross_entropy` and transformers' losses leave out
 POOL = 16  # minibatches whose texts are sorted by length together: little padding, yet a random order
@@ -74,7 +75,9 @@ def fit(
     model.train()
     with (
         nullcontext() if run is None else run,
-        tqdm(total=n_steps, initial=len(losses), desc=description, disable=not progress_bar, unit="step") as bar,
+        progress(
+            total=n_steps, initial=len(losses), description=description, unit="step", is_shown=progress_bar
+        ) as bar,
     ):
         for batch in islice(batches, len(losses), n_steps):
             loss = loss_of(batch)
@@ -86,7 +89,7 @@ def fit(
             losses.append(loss.detach())  # stays on the device: `float` would wait for the device in every step
             bar.update()
             if len(losses) % 20 == 0:  # seldom, since `float` waits for the device
-                bar.set_postfix(loss=f"{float(losses[-1]):.3f}")
+                bar.set_postfix(loss=f"{float(losses[-1]):.3f}", refresh=False)
             if run is not None:
                 run.after_step(model, optimizer, losses, n_steps)
     model.eval()

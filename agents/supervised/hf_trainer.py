@@ -10,10 +10,11 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import PreTrainedModel, PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
 
 from ..distributed.world import is_main_process, world
 from ..signals import Interrupts
+from ..small_models.progress import progress
 from .resumable import States, first_request, stop_requests
 
 
@@ -113,6 +114,24 @@ class _Saving(TrainerCallback):
         control.should_training_stop = control.should_training_stop or is_asked_to_stop
 
 
+class _Progress(TrainerCallback):
+    """Shows the steps made and the loss as every other training does, in place of the `Trainer`'s own bar."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        made = {"total": state.max_steps, "initial": state.global_step}
+        self.bar = progress(description="training", unit="step", is_shown=not args.disable_tqdm, **made)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.bar.update(state.global_step - self.bar.n)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
+        if logs and "loss" in logs:
+            self.bar.set_postfix(loss=f"{logs['loss']:.3f}", refresh=False)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.bar.close()
+
+
 def train(
     model: PreTrainedModel,
     rows: Sequence[Any],
@@ -145,8 +164,9 @@ def train(
             args=arguments,
             train_dataset=cast("Any", rows),
             data_collator=cast("Any", collate),
-            callbacks=[saving],
+            callbacks=[saving, _Progress()],
         )
+        trainer.remove_callback(ProgressCallback)  # which draws into pipes, too
         trainer.remove_callback(PrinterCallback)  # which prints each log if there is no progress bar
         steps = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint)).global_step
     if saving.number and steps < trainer.state.max_steps:

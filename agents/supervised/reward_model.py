@@ -12,7 +12,6 @@ from typing import Literal, NamedTuple, TypeAlias, cast, get_args
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 from transformers import (
     AutoModelForSequenceClassification,
     PreTrainedConfig,
@@ -33,6 +32,7 @@ from ..models.backbone import check_fits
 from ..models.critic import check_causal, score_head
 from ..models.layers import disable_dropout, fuse_activations, keep_first_layers, trunk_of
 from ..models.pretrained import LMLike, LMSpec, PretrainedRewardModel, refuse_16_bits
+from ..small_models.progress import progress
 from ..small_models.training_loop import fit, similar_lengths
 from .accuracy import RewardFigures, figures
 from .preferences import Labelled, Ranking
@@ -313,7 +313,9 @@ def _fit_head(
     head = score_head(model)
     states = torch.zeros(len(texts), head.in_features, device=model.device)
     model.eval()
-    with tqdm(total=len(texts), desc="states of the reward model", disable=not progress_bar, unit="text") as bar:
+    with progress(
+        total=len(texts), description="states of the reward model", unit="text", is_shown=progress_bar
+    ) as bar:
         for indices in _by_length(texts, batch_size):
             ids, is_real = _pad([texts[i] for i in indices], model.device)
             lasts = is_real.sum(dim=1) - 1  # (B,)

@@ -11,12 +11,13 @@ import safetensors.numpy
 import torch
 from stable_baselines3.common.callbacks import BaseCallback, CallbackList
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
-from tqdm.auto import tqdm
+from tqdm.std import tqdm
 
 from ..models.sequences import SequenceBatch
 from ..rollout.estimation import Estimation
 from ..rollout.explained_variance import by_third, explained_variance, thirds
 from ..rollout.transitions import Segment, batch_of, joined
+from ..small_models.progress import progress
 from ..steps.step import RolloutStep, sequence_buffer
 
 FILE = "texts.safetensors"
@@ -70,7 +71,7 @@ def collect_texts(
     buffer = sequence_buffer(model)
     trains_parts, buffer.complete_episodes = not buffer.complete_episodes, True
     try:
-        with tqdm(total=n_rollouts, desc="rollouts", disable=not progress_bar, unit="rollout") as bar:
+        with progress(total=n_rollouts, description="rollouts", unit="rollout", is_shown=progress_bar) as bar:
             collector = _Collector(bar)
             # What SB3 `on_policy_algorithm.OnPolicyAlgorithm.learn` does, without `train` and the log.
             total = n_rollouts * model.n_steps * model.n_envs

@@ -107,10 +107,11 @@ def test_prompts_as_rows_and_as_token_ids(model):
     assert generations[0].ids == generations[2].ids[:2]
 
 
-def test_a_policy_alone_and_a_progress_bar(model, capfd):
+def test_a_policy_alone_and_its_progress(model, capfd, monkeypatch):
+    monkeypatch.setattr("agents.small_models.progress.SECONDS_OF_A_LINE", 0.0)
     with_policy = generate(model.policy, ["ab"], TOKENIZER, max_new_tokens=4, progress_bar=True)
     assert with_policy == generate(model, ["ab"], TOKENIZER, max_new_tokens=4)
-    assert "1/1" in capfd.readouterr().err
+    assert "texts: 1 of 1 texts in" in capfd.readouterr().err
 
 
 def test_what_is_refused(model):

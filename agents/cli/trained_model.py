@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import numpy as np
 from stable_baselines3.common.utils import get_device
@@ -34,18 +34,16 @@ from ..doctor.examine import check
 from ..doctor.model_row import examine_config
 from ..errors import CommandError, Exit
 from ..evaluation.curves import draw_curves
-from ..evaluation.evaluation import evaluate
+from ..evaluation.evaluation import evaluate_together
 from ..evaluation.generation import (
     USUAL_TOKENS,
-    FinalStep,
     Generation,
     fitting_length,
     generate,
     no_reward,
-    run_episodes,
     shorter_texts,
 )
-from ..evaluation.shared_episodes import SHARE, run_shares
+from ..evaluation.shared_episodes import run_shares
 from ..files import write_text
 from ..policies.lm_policy import LMPolicy
 from ..runs.assemble import (
@@ -238,26 +236,15 @@ def evaluate_run(config: TrainConfig, chosen: EvaluateOptions, options: TrustOpt
     checkpoint_to_load(RunFolder(chosen.run))  # refuses a damaged checkpoint before the first evaluation
     metrics = parts.metrics + [make_metric(metric, parts.trust) for metric in chosen.metrics]
     prompts = list(parts.held_out.prompts)[: chosen.n_prompts]
-    first = _episodes(parts, prompts, chosen, 0)
+    arguments = {"n": chosen.n, "seed": chosen.seed, "env": parts.held_out, "judge": parts.judge, "progress_bar": True}
+    measured = partial(evaluate_together, parts.agent, prompts, parts.tokenizer, metrics, **arguments)  # type: ignore[arg-type]
+    before = measured()
     run = load_newest(chosen.run, parts)
-    second = _episodes(parts, prompts, chosen, -(-len(prompts) * chosen.n // SHARE))  # by the processes that are next
-    if not is_main_process():
-        return Exit.DONE
-    arguments = {"n": chosen.n, "seed": chosen.seed, "env": parts.held_out, "judge": parts.judge}
-    measured = partial(evaluate, parts.agent, prompts, parts.tokenizer, metrics, **arguments)  # type: ignore[arg-type]
-    after = measured(episodes=second, before=measured(episodes=first))
-    print(after.to_markdown())
-    after.save(run.path / "evaluation")
+    after = measured(before=before)
+    if after is not None:
+        print(after.to_markdown())
+        after.save(run.path / "evaluation")
     return Exit.DONE
-
-
-def _episodes(parts: Parts, prompts: Sequence[PromptLike], chosen: EvaluateOptions, first: int) -> list[FinalStep]:
-    """Run the episodes of an evaluation, shared among the processes from rank `first` on, in turn."""
-    policy = cast("LMPolicy", parts.agent.policy)
-    rows = [prompt for prompt in prompts for _ in range(chosen.n)]
-    return run_shares(
-        lambda share, start: run_episodes(policy, parts.held_out, share, seed=chosen.seed + start), rows, SHARE, first
-    )
 
 
 def generate_lines(config: TrainConfig | None, chosen: GenerateOptions, options: TrustOptions) -> int:

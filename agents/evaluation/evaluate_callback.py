@@ -33,7 +33,7 @@ from ..files import restore_folder, write_text
 from ..policies.actor_critic import LMActorCritic
 from ..policies.lm_policy import LMPolicy
 from ..steps.kl_penalty import KLPenalty
-from .evaluation import Evaluation, evaluate
+from .evaluation import Evaluation, evaluate_together
 from .evaluation_files import BEST, HISTORY
 from .judge_gap import judge_gap
 from .prompt_scores import SCORES_FILE, Scored, scores_in, write_scores
@@ -177,8 +177,8 @@ class Evaluate(BaseCallback):
         now, self._n_updates, start = self.model.num_timesteps, self.model._n_updates, time.perf_counter()
         with ExitStack() as readable:
             for lm in self._models_read:
-                readable.enter_context(gathered(lm))  # a collective: rank 0 then has whole weights
-            written, result = (self.best_value, self.best_at), self._measure(now) if is_main_process() else None
+                readable.enter_context(gathered(lm))  # a collective: each process then has whole weights
+            written, result = (self.best_value, self.best_at), self._measure(now)
             self._share_results()
         try:
             if self.folder is not None and self.best_value != written[0]:
@@ -218,9 +218,11 @@ class Evaluate(BaseCallback):
             )
         return [policy, reference] if isinstance(reference, LMActorCritic) else [policy]
 
-    def _measure(self, now: int) -> Evaluation:
-        """Evaluate, log the figures, and note whether the model is the best so far."""
-        result = evaluate(self.model, self.prompts, self.tokenizer, self.metrics, **self.kwargs)
+    def _measure(self, now: int) -> Evaluation | None:
+        """Evaluate in all processes; on rank 0 log the figures, and note whether the model is the best so far."""
+        result = evaluate_together(self.model, self.prompts, self.tokenizer, self.metrics, **self.kwargs)
+        if result is None:
+            return None
         if self.best not in result.figures:
             raise ValueError(f"Expected `best` to be one of {list(result.figures)}, got {self.best!r}.")
         self.history[now] = {name: figure.value for name, figure in result.figures.items()}

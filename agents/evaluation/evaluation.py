@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -22,6 +23,7 @@ from textenv.rewards.base import RewardLike, score_rows
 from textenv.rewards.registry import read_reward
 from textenv.text.tokenizer import BOUNDARY_TOKENS, Tokenizer
 
+from ..distributed.world import is_main_process
 from ..files import write_text
 from ..models.observations import prompt_lengths, unpack_observations
 from ..models.pretrained import LMLike
@@ -31,6 +33,7 @@ from ..policies.lm_policy import LMPolicy
 from ..policies.reference import build_reference, divergences
 from ..steps.kl_penalty import KLPenalty
 from .generation import FinalStep, Generation, check_generator, env_that_fits, no_reward, run_episodes
+from .shared_episodes import run_together
 from .tables import markdown, plain, shown
 
 KL_ROWS = 64  # episodes per forward of the divergence, to bound the memory
@@ -133,7 +136,6 @@ def evaluate(
     seed: int = 0,
     n_envs: int = 64,
     progress_bar: bool = False,
-    episodes: Sequence[FinalStep] | None = None,
     **env_kwargs: Any,
 ) -> Evaluation:
     """Continue each prompt `n` times, in batches, and measure the texts.
@@ -166,8 +168,6 @@ def evaluate(
         seed: The seed of the sampling and of the resampling.
         n_envs: The largest number of texts that are generated side by side.
         progress_bar: Whether to show a progress bar.
-        episodes: The last steps of the episodes of these prompts in `env`, where they have been run before, such as in
-            several processes; None runs them.
         **env_kwargs: Arguments of `TextEnv`: `max_new_tokens` (by default as in `generate`), `references_column`,
             `stop_strings`, ...
 
@@ -191,6 +191,67 @@ def evaluate(
         >>> sorted(before.figures), after.differences["reward"].value
         (['distinct_1', 'length', 'reward'], 0.0)
     """
+    sampling = (deterministic, seed, n_envs, progress_bar)
+    ran = _run(run_episodes, model, prompts, tokenizer, n, reward, env, *sampling, **env_kwargs)
+    return _measure(ran, metrics, judge, reference, before)
+
+
+def evaluate_together(
+    model: BaseAlgorithm | LMPolicy,
+    prompts: Sequence[PromptLike],
+    tokenizer: Tokenizer,
+    metrics: Sequence[Metric] = (),
+    *,
+    judge: RewardLike | None = None,
+    reference: LMActorCritic | LMLike | KLPenalty | None = None,
+    before: Evaluation | None = None,
+    **kwargs: Any,
+) -> Evaluation | None:
+    """Evaluate as `evaluate` does, the episodes shared among the processes; all processes must call it.
+
+    Args:
+        model: As for `evaluate`, and so are the others; with sharded weights, all that it reads must be `gathered`.
+        prompts: The prompts, the same in all processes.
+        tokenizer: The tokenizer.
+        metrics: The metrics, which rank 0 computes.
+        judge: The judge, which rank 0 asks.
+        reference: The reference, which rank 0 reads.
+        before: An evaluation of the same prompts, to compare with.
+        **kwargs: Other arguments of `evaluate`.
+
+    Returns:
+        The evaluation in the process of rank 0, None in the others.
+    """
+    ran = _run(run_together, model, prompts, tokenizer, **kwargs)
+    return _measure(ran, metrics, judge, reference, before) if is_main_process() else None
+
+
+class _Ran(NamedTuple):
+    """Episodes that are to be measured, and what they were run with."""
+
+    policy: LMPolicy
+    env: TextEnv
+    episodes: Sequence[FinalStep]
+    is_scored: bool  # whether the env has a reward of the caller's
+    n: int
+    seed: int
+
+
+def _run(
+    run: Callable[..., list[FinalStep]],
+    model: BaseAlgorithm | LMPolicy,
+    prompts: Sequence[PromptLike],
+    tokenizer: Tokenizer,
+    n: int = 1,
+    reward: RewardFunction | None = None,
+    env: TextEnv | None = None,
+    deterministic: bool = False,
+    seed: int = 0,
+    n_envs: int = 64,
+    progress_bar: bool = False,
+    **env_kwargs: Any,
+) -> _Ran:
+    """Run the episodes of an evaluation by `run_episodes` or `run_together`; see `evaluate` for the arguments."""
     policy = check_generator(model, tokenizer, n)
     if env is not None and (reward is not None or env_kwargs):
         raise ValueError(f"Expected `env` alone, got `reward` or {sorted(env_kwargs)} with it: they are the env's own.")
@@ -200,12 +261,22 @@ def evaluate(
         settings = dict(env_kwargs) if is_scored else {"score_at": "done", **env_kwargs}
         max_new_tokens = settings.pop("max_new_tokens", None)
         settings = {"reward": reward or no_reward, **settings}
-        env = env_that_fits(
-            model, lambda most: TextEnv(rows, tokenizer, max_new_tokens=most, **settings), max_new_tokens
-        )
+        make = partial(TextEnv, rows, tokenizer, **settings)
+        env = env_that_fits(model, lambda most: make(max_new_tokens=most), max_new_tokens, stacklevel=4)
         rows = list(env.prompts)  # tokenized already
-    if episodes is None:
-        episodes = run_episodes(policy, env, rows, deterministic, seed, n_envs, progress_bar)
+    episodes = run(policy, env, rows, deterministic, seed, n_envs, progress_bar)
+    return _Ran(policy, env, episodes, is_scored, n, seed)
+
+
+def _measure(
+    ran: _Ran,
+    metrics: Sequence[Metric],
+    judge: RewardLike | None,
+    reference: LMActorCritic | LMLike | KLPenalty | None,
+    before: Evaluation | None,
+) -> Evaluation:
+    """Return the evaluation of episodes; see `evaluate` for the arguments."""
+    policy, env, episodes, is_scored, n, seed = ran
     scores = {"length": mean_of([episode.info["episode"]["l"] for episode in episodes])}
     if is_scored:
         scores.update(_reward_scores(episodes))

@@ -74,7 +74,8 @@ def generate(
         max_new_tokens: The most tokens of a continuation; by default as many as in training (64 for a policy without
             its algorithm), or fewer, with a warning, if the model cannot read so many.
         deterministic: Whether to take the most probable token instead of sampling.
-        seed: The seed of the sampling: the same seed, prompts and `n_envs` give the same texts.
+        seed: The seed of the sampling. The draws of a text follow from it and from the text's number, whatever is
+            generated beside it: the same seed and prompts give the same texts, up to rounding.
         n_envs: The largest number of texts that are generated side by side.
         progress_bar: Whether to show a progress bar.
         **env_kwargs: Other arguments of `TextEnv`: `stop_ids`, `stop_strings`, `mask`, `prompt_column`, ...
@@ -107,7 +108,10 @@ def generate(
 
 
 def env_that_fits(
-    model: BaseAlgorithm | LMPolicy, make_env: Callable[[int], TextEnv], max_new_tokens: int | None
+    model: BaseAlgorithm | LMPolicy,
+    make_env: Callable[[int], TextEnv],
+    max_new_tokens: int | None,
+    stacklevel: int = 3,
 ) -> TextEnv:
     """Return an env to generate in, whose texts are as long as in training if the model can read them.
 
@@ -115,6 +119,7 @@ def env_that_fits(
         model: The model or policy that will generate.
         make_env: A function from `max_new_tokens` to the env.
         max_new_tokens: The length that the user asked for, which is then used as it is; None for none.
+        stacklevel: The number of calls from the warning to the user's line.
     """
     if max_new_tokens is not None:
         return make_env(max_new_tokens)
@@ -123,7 +128,9 @@ def env_that_fits(
     most = fitting_length(model if isinstance(model, LMPolicy) else model.policy, env.max_prompt_tokens, wanted)  # type: ignore[arg-type]
     if most == wanted:
         return env
-    warnings.warn(f"{shorter_texts(most, wanted, env.max_prompt_tokens)}; max_new_tokens chooses.", stacklevel=3)
+    warnings.warn(
+        f"{shorter_texts(most, wanted, env.max_prompt_tokens)}; max_new_tokens chooses.", stacklevel=stacklevel
+    )
     return make_env(most)
 
 
@@ -182,15 +189,17 @@ def run_episodes(
     seed: int = 0,
     n_envs: int = 64,
     progress_bar: bool = False,
+    first: int = 0,
 ) -> list[FinalStep]:
     """Run one episode of each prompt, in batches; return the last step of each, in the order of the prompts.
 
     The policy's training and the env's own episode, prompt order and `np_random` stay untouched. An episode that the
-    reward drops is returned like any other, with `info["dropped"]` true.
+    reward drops is returned like any other, with `info["dropped"]` true. `first` is the number of the first prompt,
+    where these are some of many: the draws of an episode follow from the seed and its number.
     """
     policy.lm.backbone.check_length(env.max_prompt_tokens, env.rules.room)
     lanes = Lanes(unwrap_text_env(env), min(n_envs, len(prompts)), accepts_dropped=True)
-    generator = torch.Generator().manual_seed(seed)
+    draws = _Draws(seed, first, lanes.n_lanes, env.rules.room)
     ends: dict[int, FinalStep] = {}
     observations = lanes.reset(0, prompts)
     policy.set_training_mode(False)
@@ -199,7 +208,9 @@ def run_episodes(
             batch = torch.as_tensor(observations, device=policy.device)
             allowed = torch.as_tensor(lanes.allowed(), device=policy.device) if env.masks else None
             note_progress()
-            actions = policy.lm.act(batch, deterministic, generator, policy.lm.predict_cache, allowed, False).actions
+            numbers = np.array([episode.group for episode in lanes.state.episodes])  # (B,)
+            uniform = draws.next(numbers, lanes.idle)
+            actions = policy.lm.act(batch, deterministic, uniform, policy.lm.predict_cache, allowed, False).actions
             result = lanes.step(actions.cpu().numpy())
             observations = result.observations
             for lane, observation in result.final_observations.items():
@@ -209,6 +220,30 @@ def run_episodes(
     if policy.lm.predict_cache is not None:
         policy.lm.predict_cache.drop()
     return [ends[group] for group in sorted(ends)]
+
+
+class _Draws:
+    """Uniform numbers for the tokens of episodes that run side by side, which follow from seed and episode alone.
+
+    So a text depends neither on the number of lanes nor on the process that writes it.
+    """
+
+    def __init__(self, seed: int, first: int, n_lanes: int, most: int) -> None:
+        self.seed, self.first = seed, first
+        self.numbers = np.full(n_lanes, -1)  # (B,): of the episode in each lane
+        self.used = np.zeros(n_lanes, dtype=np.int64)  # (B,): how many numbers it has used
+        self.table = np.zeros((n_lanes, most), dtype=np.float32)  # (B, T): a number for each token that it may write
+
+    def next(self, numbers: np.ndarray, idle: np.ndarray) -> torch.Tensor:
+        """Return the next draws of the episodes with these numbers, (B,), as (B, 1); any draw for an idle lane."""
+        for lane in np.flatnonzero((self.numbers != numbers) & ~idle):
+            self.numbers[lane], self.used[lane] = numbers[lane], 0
+            of_episode = np.random.default_rng([self.seed, self.first + numbers[lane]])
+            self.table[lane] = of_episode.random(self.table.shape[1], dtype=np.float32)
+        uniform = self.table[np.arange(len(idle)), self.used]  # (B,)
+        # After its last number an episode has ended, and its lane has another one, or is idle for good.
+        self.used = (self.used + ~idle) % self.table.shape[1]
+        return torch.from_numpy(uniform[:, None])  # (B,) to (B, 1)
 
 
 def _continuation(observation: np.ndarray) -> list[int]:

@@ -126,7 +126,7 @@ class LMActorCritic(SequenceScorer):
         self,
         observations: Tensor,
         deterministic: bool = False,
-        generator: torch.Generator | None = None,
+        generator: torch.Generator | Tensor | None = None,
         cache: RowCache | None = None,
         allowed: Tensor | None = None,
         with_values: bool = True,
@@ -136,7 +136,7 @@ class LMActorCritic(SequenceScorer):
         Args:
             observations: (B, L); see `TextEnv`.
             deterministic: Whether to take the most probable token.
-            generator: The source of the randomness; None for torch's own generator.
+            generator: The source of the randomness, or uniform numbers, (B, 1); None for torch's own generator.
             cache: `rollout_cache`, `predict_cache` or None for a full forward.
             allowed: The env's mask, (B, V) bool; None allows all.
             with_values: Whether a critic with a trunk of its own is run; if not, its values are zeros.

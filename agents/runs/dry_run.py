@@ -19,7 +19,7 @@ from ..configuration.config import RunOptions, TrainConfig
 from ..distributed.sharding import gathered
 from ..distributed.world import is_main_process, world
 from ..errors import Exit
-from ..evaluation.evaluation import evaluate
+from ..evaluation.evaluation import evaluate_together
 from ..models.prefix_cache import PrefixCache
 from ..models.sequences import count_tokens
 from ..policies.lm_policy import LMPolicy
@@ -77,9 +77,9 @@ def dry_run(config: TrainConfig, options: RunOptions, n_runs: int = 1) -> int:
     agent.learn(tokens, callback=CallbackList([*training_callbacks(as_usual, trust), FiniteUpdates(), watch]))
     end = time.monotonic()
     with gathered(cast("LMPolicy", agent.policy).lm):
-        if not is_main_process():  # rank 0 evaluates, and prints
-            return Exit.DONE
         evaluation = _seconds_of_evaluation(parts)
+    if not is_main_process():  # rank 0 prints
+        return Exit.DONE
     n_iterations = math.ceil(config.total_tokens / tokens)
     # One before training, and one at most after each rollout.
     n_evaluations = 1 + math.ceil(config.total_tokens / max(config.evaluation.every, tokens))
@@ -103,7 +103,7 @@ def _seconds_of_evaluation(parts: Parts) -> float:
     start = time.monotonic()
     prompts = list(parts.held_out.prompts)[: parts.config.evaluation.n_prompts]
     options = {"env": parts.held_out, "judge": parts.judge, "n": parts.config.evaluation.n}
-    evaluate(parts.agent, prompts, parts.tokenizer, parts.metrics, **options)  # type: ignore[arg-type]
+    evaluate_together(parts.agent, prompts, parts.tokenizer, parts.metrics, **options)  # type: ignore[arg-type]
     return time.monotonic() - start
 
 

@@ -14,7 +14,7 @@ from textenv.env import TextEnv
 from ..distributed.collectives import from_main, gather
 from ..distributed.sharding import gathered
 from ..distributed.world import is_main_process
-from ..evaluation.generation import run_episodes
+from ..evaluation.shared_episodes import run_together
 from ..policies.lm_policy import LMPolicy
 from ..steps.data_parallel import merge
 from ..steps.step import tokens_of_rollout
@@ -131,10 +131,10 @@ class SampleRecorder(BaseCallback):
             return
         self.last_written = now
         policy = cast("LMPolicy", self.model.policy)
-        with gathered(policy.lm):  # a collective: rank 0 then has whole weights
-            if not is_main_process():
-                return
-            steps = run_episodes(policy, self.env, self.env.prompts[: self.n])
+        with gathered(policy.lm):  # a collective: each process then has whole weights
+            steps = run_together(policy, self.env, self.env.prompts[: self.n])
+        if not is_main_process():
+            return
         rows = [{"tokens": now, **sample_row(step.info)} for step in steps]
         self.run.append(self.run.samples, rows)
         self.show(rows)

@@ -10,7 +10,7 @@ import traceback
 
 from agents.distributed import world
 from tests.agents.cli import several
-from tests.agents.distributed import device_jobs, loading_jobs, prompt_jobs
+from tests.agents.distributed import device_jobs, evaluation_jobs, loading_jobs, prompt_jobs
 from tests.agents.engines import engine_jobs
 from tests.helpers import advantage_jobs, group_jobs, jobs, mistakes, surrogate_jobs, value_jobs
 from tests.helpers.command import ROOT
@@ -20,7 +20,7 @@ from tests.helpers.command import ROOT
 CONTEXT = multiprocessing.get_context("forkserver")
 MODULES = (
     *(several, mistakes, advantage_jobs, surrogate_jobs, group_jobs, value_jobs, prompt_jobs, engine_jobs, jobs),
-    *(loading_jobs, device_jobs),
+    *(loading_jobs, device_jobs, evaluation_jobs),
 )
 JOBS = {name: job for module in MODULES for name, job in vars(module).items()}
 CONTEXT.set_forkserver_preload([module.__name__ for module in MODULES])

@@ -98,8 +98,14 @@ def no_package(rank):
         agents.runs.loggers.check_matplotlib = check
 
 
-def in_a_reward(rank, act, at=6):
-    """Do something in rank 1 when a text gets its reward, after `at` others."""
+IN_A_ROLLOUT, IN_AN_EVALUATION = (
+    8,
+    2,
+)  # rewards: rank 1 has its half of 8 evaluated texts and 4 samples before it trains
+
+
+def in_a_reward(rank, act, at=IN_A_ROLLOUT):
+    """Do something in rank 1 when its text number `at` gets its reward."""
     n, mood = [0], agents.runs.assemble.mood
 
     def reward(prompt, preds, done):
@@ -155,8 +161,10 @@ FAULTS = {
     "other folder": other_folder,
     "no package": no_package,
     "reward": lambda rank: in_a_reward(rank, lambda: fail(KeyError("no"))),
+    "reward of an evaluation": lambda rank: in_a_reward(rank, lambda: fail(KeyError("no")), IN_AN_EVALUATION),
     "interrupt": lambda rank: in_a_reward(rank, interrupt),
     "killed in a rollout": lambda rank: in_a_reward(rank, end_at_once),
+    "killed in an evaluation": lambda rank: in_a_reward(rank, end_at_once, IN_AN_EVALUATION),
     "killed in an update": lambda rank: in_an_update(rank, end_at_once),
     "killed at the start": lambda rank: end_at_once() if rank == 1 else None,
     "out of memory": lambda rank: in_an_update(rank, lambda: fail(MemoryError("1 TB"))),

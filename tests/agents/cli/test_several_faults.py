@@ -84,6 +84,7 @@ CASES = {  # what is wrong, by name: the fault, the words, the exit code, and th
     "no shared folder": ("other folder", train(**{"model.name": "HOME/small"}), 2, "rank 1: Expected the folder .*run"),
     "no package in one": ("no package", train(loggers="[curves]"), 6, "rank 1: Expected matplotlib"),
     "a reward": ("reward", train(), 4, "rank 1: .*raised KeyError: 'no'"),
+    "an evaluation's reward": ("reward of an evaluation", train(), 4, "rank 1: .*raised KeyError: 'no'"),
     "Ctrl-C in one": (
         "interrupt",
         train(),
@@ -92,6 +93,7 @@ CASES = {  # what is wrong, by name: the fault, the words, the exit code, and th
     ),
     "killed at the start": ("killed at the start", train(), 137, "rank 1 of 2 processes was ended by SIGKILL"),
     "killed in a rollout": ("killed in a rollout", train(), 137, "rank 1 of 2 processes was ended by SIGKILL"),
+    "killed in an evaluation": ("killed in an evaluation", train(), 137, "rank 1 of 2 .* was ended by SIGKILL"),
     "killed in an update": ("killed in an update", train(), 137, "rank 1 of 2 processes was ended by SIGKILL"),
     "out of memory": (
         "out of memory",

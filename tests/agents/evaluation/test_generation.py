@@ -66,16 +66,18 @@ def test_deterministic_is_the_same_as_one_by_one(model):
         )
 
 
-def test_one_row_samples_the_same_as_one_by_one(model):
-    """A plain inverse CDF draws the same tokens from the same generator."""
-    generations = generate(model, MANY, TOKENIZER, max_new_tokens=8, n_envs=1, seed=3)
-    generator = torch.Generator().manual_seed(3)
+@pytest.mark.parametrize("n_envs", [1, 3, 64])
+def test_rows_sample_the_same_as_one_by_one(model, n_envs):
+    """A plain inverse CDF draws the same tokens from the numbers of a text alone, however many are written at once."""
+    generations = generate(model, MANY, TOKENIZER, max_new_tokens=8, n_envs=n_envs, seed=3)
+    assert len({len(generation.ids) for generation in generations}) > 1, "lanes end, and are refilled, at other steps"
+    for number, generation in enumerate(generations):
+        draws = iter(np.random.default_rng([3, number]).random(8, dtype=np.float32))
 
-    def pick(logits):
-        cumulative = torch.softmax(logits.double(), -1).cumsum(-1)
-        return int(torch.searchsorted(cumulative, torch.rand(1, generator=generator).double() * cumulative[-1]))
+        def pick(logits, draws=draws):
+            cumulative = torch.softmax(logits.double(), -1).cumsum(-1)
+            return int(torch.searchsorted(cumulative, float(next(draws)) * cumulative[-1]))
 
-    for generation in generations:
         assert generation.ids == one_by_one(model, TOKENIZER.encode(str(generation.prompt)), 8, pick)
 
 

@@ -30,7 +30,7 @@ class World:
     """The processes of a job, as one of them sees them, and the counters that they have in common.
 
     Attributes:
-        rank: The number of this process; rank 0 logs, evaluates and writes.
+        rank: The number of this process; rank 0 logs, measures and writes.
         size: The number of processes.
         seed: A number that all processes share, new for each job.
         store: The key-value store through which the processes leave each other short messages.
@@ -87,7 +87,7 @@ def joined() -> World | None:
 
 
 def is_main_process() -> bool:
-    """Return whether this process logs, evaluates and writes for all: it has rank 0, or is the only one.
+    """Return whether this process logs, measures and writes for all: it has rank 0, or is the only one.
 
     Example:
         >>> from agents import is_main_process

@@ -44,9 +44,10 @@ class Evaluate(BaseCallback):
     """Evaluates before training, every `every` tokens between iterations, and at the end; does not change training.
 
     It logs `eval/<figure>` for every figure of `evaluate`, at the number of tokens trained on, and the seconds that it
-    took as `time/evaluation_seconds`. All evaluations have the same seed, so that they can be compared. With a judge it
-    also logs `eval/gap`: how far the reward has risen ahead of the judge since the first evaluation, in standard
-    deviations (see `judge_gap`). If it has a folder, it writes there
+    took as `time/evaluation_seconds`. All evaluations have the same seed, so that they can be compared. Of several
+    processes each writes a share of the texts, and rank 0 measures them. With a judge it also logs `eval/gap`: how far
+    the reward has risen ahead of the judge since the first evaluation, in standard deviations (see `judge_gap`). If
+    it has a folder, it writes there
 
     - `history.json`: the figures of every evaluation,
     - `scores.json`: the scores of each prompt in the first and in the newest evaluation, for intervals over seeds,
@@ -206,7 +207,7 @@ class Evaluate(BaseCallback):
         """The models whose weights an evaluation reads: the policy and, if it is a model, the reference.
 
         Raises:
-            ValueError: If weights are sharded and the evaluation would build a reference, which one process cannot.
+            ValueError: If weights are sharded and rank 0 would build a reference, which one process cannot.
         """
         policy, reference = cast("LMPolicy", self.model.policy).lm, self.kwargs.get("reference")
         if isinstance(reference, KLPenalty):
@@ -214,7 +215,7 @@ class Evaluate(BaseCallback):
         if policy.shards is not None and not isinstance(reference, (LMActorCritic, NoneType)):
             raise ValueError(
                 "Expected a KLPenalty, or another policy's `lm`, as `reference` with sharded weights, got "
-                f"{reference!r:.80}: one process evaluates, and what it builds could not be sharded."
+                f"{reference!r:.80}: rank 0 reads it alone, and what it builds could not be sharded."
             )
         return [policy, reference] if isinstance(reference, LMActorCritic) else [policy]
 

@@ -1,6 +1,7 @@
 """The benchmarks of several processes: the simulated schedule and the arithmetic for GPUs, worked by hand."""
 
 import json
+import re
 import subprocess
 import sys
 
@@ -87,3 +88,10 @@ def test_the_schedule_is_calibrated_and_checked(tmp_path):
     command = [sys.executable, "benchmarks/schedule.py", "check", str(costs), str(rows)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode in (0, 1) and done.stdout.count("\n| ") == 2, done.stderr
+
+
+@pytest.mark.slow
+def test_an_evaluation_runs_in_one_process():
+    """Both ways write the same texts, which the script checks."""
+    printed = run("benchmarks/evaluation.py", "--prompts=4", "--tokens=4")
+    assert re.search(r"^rank 0 alone: \d+\.\d\d s, shared: \d+\.\d\d s$", printed, flags=re.MULTILINE)

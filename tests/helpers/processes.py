@@ -9,6 +9,7 @@ import time
 import traceback
 
 from agents.distributed import world
+from tests.agents.callbacks import episode_jobs
 from tests.agents.cli import several
 from tests.agents.distributed import device_jobs, loading_jobs, prompt_jobs
 from tests.agents.engines import engine_jobs
@@ -20,7 +21,7 @@ from tests.helpers.command import ROOT
 CONTEXT = multiprocessing.get_context("forkserver")
 MODULES = (
     *(several, mistakes, advantage_jobs, surrogate_jobs, group_jobs, value_jobs, prompt_jobs, engine_jobs, jobs),
-    *(loading_jobs, device_jobs),
+    *(loading_jobs, device_jobs, episode_jobs),
 )
 JOBS = {name: job for module in MODULES for name, job in vars(module).items()}
 CONTEXT.set_forkserver_preload([module.__name__ for module in MODULES])

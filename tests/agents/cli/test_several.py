@@ -9,6 +9,7 @@ import sys
 import pytest
 from safetensors.numpy import load_file
 
+from agents.report.page import inert_json
 from tests.agents.distributed.test_distributed import SAME, largest_difference
 from tests.helpers.command import ROLLOUT, environment, rows, settings, small_model
 from tests.helpers.models import seldom
@@ -16,8 +17,7 @@ from tests.helpers.processes import free_port, launch
 from textenv import demo
 
 N_ROLLOUTS = 2
-# Figures of the episodes of one process, which are averaged: those of all episodes together are others.
-OF_EACH = ("text/distinct", "text/repetition", "prompt/", "episode/reward_std", "episode/count", "train/explained_var")
+CLOCKED = ("time/", "share")  # figures of the clock, in the rows and among the curves of a report
 
 
 @pytest.fixture(scope="module")
@@ -60,15 +60,59 @@ def test_the_run_is_that_of_one_process(size, trained):
     first, second = rows(one), rows(several)
     assert [row["tokens"] for row in first] == [row["tokens"] for row in second] == [0, ROLLOUT, 2 * ROLLOUT]
     for mine, theirs in zip(first, second):
-        assert mine.keys() == theirs.keys()
-        figures = {name for name in mine if not name.startswith(OF_EACH)}
-        assert len(figures) > 15 or mine["tokens"] == 0
-        for name in figures:
-            same = mine[name] if isinstance(mine[name], str) else pytest.approx(mine[name], rel=1e-4, abs=1e-6)
-            assert theirs[name] == same, name
+        assert len(mine) > 30 or mine["tokens"] == 0
+        assert differences(mine, theirs) == []
     assert rows(one, "samples.jsonl") == rows(several, "samples.jsonl")
+    for name in ("history.json", "scores.json", "results.json", "best/best.json", "best/evaluation.json"):
+        assert (one / name).read_bytes() == (several / name).read_bytes(), name
     for name in ("results.md", "config.yml"):
         assert (one / name).read_text().replace(str(one), str(several)) == (several / name).read_text()
+
+
+def differences(mine, theirs, rounding=1e-6, place=""):
+    """Return the places at which two structures of JSON differ, numbers by more than rounding."""
+    if isinstance(mine, float) and isinstance(theirs, float):
+        return [] if theirs == pytest.approx(mine, rel=1e-4, abs=rounding, nan_ok=True) else [place]
+    if isinstance(mine, dict) and isinstance(theirs, dict) and mine.keys() == theirs.keys():
+        return [found for key in mine for found in differences(mine[key], theirs[key], rounding, f"{place}/{key}")]
+    if isinstance(mine, list) and isinstance(theirs, list) and len(mine) == len(theirs):
+        return [found for i in range(len(mine)) for found in differences(mine[i], theirs[i], rounding, f"{place}/{i}")]
+    return [] if mine == theirs and type(mine) is type(theirs) else [place]
+
+
+def shown(folder):
+    """Return what a run's page shows, without times and paths, and the page around it: script, style and text."""
+    page = (folder / "report.html").read_text().replace(inert_json(str(folder))[1:-1], "RUN")
+    before, _, rest = page.partition('<script type="application/json" id="data">')
+    text, _, after = rest.partition("</script>")
+    data = json.loads(text)
+    (run,) = data["runs"]
+    made = data.pop("made")
+    assert run["name"] == data["title"] == folder.name and made.startswith("20")
+    run["name"] = data["title"] = "of several"
+    run["figures"] = {name: curve for name, curve in run["figures"].items() if not name.startswith(CLOCKED)}
+    for language, took in (("en", "It took "), ("zh", "用时 ")):
+        told = run["summary"][language]
+        run["summary"][language] = [sentence for sentence in told if not sentence.startswith(took)]
+        assert len(told) == len(run["summary"][language]) + 1
+    return data, (before + after).replace(folder.name, "of several")
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_the_report_is_that_of_one_process(size, trained):
+    """All that the page shows: sentences, findings, tables, curves, samples, and the numbers of single tokens."""
+    (one, _), (several, _) = trained(1), trained(size)
+    (mine, page), (theirs, other_page) = shown(one), shown(several)
+    # A token's divergence is a difference of two log-probabilities of about 5 nats, rounded to 4 digits.
+    assert differences(mine, theirs, 1e-5) == [] and page == other_page
+    (run,) = theirs["runs"]
+    assert len(run["figures"]) > 20 and len(run["samples"]["tables"]) > 1 and run["evaluations"]["reward"]["y"]
+    assert [len(table["episodes"]) for table in run["episodes"]["tables"]] == [4, 4], "of all processes"
+    # A control: one figure, one token and one word that differ are found.
+    run["figures"]["episode/count"][-1] = 1.5
+    run["episodes"]["tables"][1]["episodes"][3]["value"][0] += 0.01
+    run["summary"]["en"][0] += "!"
+    assert len(differences(mine, theirs, 1e-5)) == 3
 
 
 def test_one_process_speaks(trained):

@@ -15,6 +15,7 @@ from textenv import __version__
 
 from ..distributed.collectives import gather
 from ..distributed.failures import Failure, consequence, fail_first, said
+from ..distributed.sharding import Sharded
 from ..distributed.world import World, joined, world
 from ..errors import HANDLED, CommandError, CommonError, Exit
 from ..runs.changed_keys import differences
@@ -47,6 +48,8 @@ def take_part(verb: str, read: Callable[[], tuple[Any, ...]], do: Callable[..., 
     if verb not in TOGETHER:
         cure = APART.get(verb, "start it without torchrun and accelerate launch, and without --processes")
         raise CommonError(f"Expected one process for textenv {verb}, got {here.size}: {cure}.")
+    if verb != "train" and Sharded.asked_for() is not None:
+        raise CommonError(f"Expected --use_fsdp for textenv train only, got it for {verb}: leave it out.")
     try:
         with nullcontext() if here.rank == 0 else _silence():
             return do(*_agreed(here, read))

@@ -46,7 +46,7 @@ from .folder import RunFolder, read_rows
 from .live_screen import LiveScreen
 from .loggers import SamplePages, check_loggers, make_loggers, make_trackers, named
 from .model_card import model_card
-from .recording import Recorder, RowWriter, SampleRecorder
+from .recording import OtherWarnings, Recorder, RowWriter, SampleRecorder
 from .reporting import Reporter
 from .screens import JsonScreen, PlainScreen, QuietScreen, Row, Screen, SilentScreen, warnings_on
 from .shared_folder import check_shared, create_folder, locked_folder
@@ -263,6 +263,7 @@ def _run(
             evaluate,
             *([] if watch is None else [watch(evaluate)]),
             *_recorders(run, parts, writer, views),
+            OtherWarnings(screen.say),
             RunCheckpoints(run, *kept, interrupts, lambda: evaluate.is_over, screen.say),
         ]
         screen.begin(done, read_rows(run.metrics))

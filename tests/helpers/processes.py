@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 import traceback
+from functools import cache
 
 from agents.distributed import world
 from tests.agents.callbacks import episode_jobs
@@ -33,8 +34,18 @@ def free_port():
         return probe.getsockname()[1]
 
 
+@cache
+def import_once():
+    """Start the process that all are forked from, which imports everything: that is no part of a launch's time."""
+    process = CONTEXT.Process(target=os.getpid)
+    process.start()
+    process.join(300)
+    assert process.exitcode == 0, "a busy machine takes more than 60 s for it"
+
+
 def launch(size, job, *args, environments=None, timeout=60):
     """Run a function of the `MODULES` in each process; return results and errors by rank."""
+    import_once()
     port = free_port()
     pipes, processes = [], []
     for rank in range(size):

@@ -13,7 +13,7 @@ from transformers import GPT2LMHeadModel
 from agents import Pretrained, make_agent, pretrain, word_tokenizer
 from tests.helpers import fakes
 from tests.helpers.models import seldom
-from tests.helpers.training import tiny_config
+from tests.helpers.training import tiny_config, train_until
 from textenv.adapters import Calculator, ToolGame, TurnEnv
 from textenv.adapters.gem import GemGame
 from textenv.adapters.textarena import TextArenaGame
@@ -111,8 +111,7 @@ def test_guess_the_number(source, library, tmp_path):
     for to_text in (hint, no_hint):
         env = guess_env(library, to_text)
         model = agent(env, lm, n_steps=4, batch_size=128, ent_coef=0.05)
-        model.learn(128 * 4 * 20)
-        shares[to_text.__name__] = play(model, env)
+        shares[to_text.__name__] = train_until(model, partial(play, model, env), 40, enough=0.8, n_checks=5)
     print(library, at_random, shares)
     assert at_random < 0.65
     assert shares["hint"] > 0.75  # without reading the hint, no policy exceeds 2 of 3
@@ -163,10 +162,9 @@ def test_tic_tac_toe(source, tmp_path):
     env, unpaid = (cls(make, MOVES, turn_tokens=1, max_new_tokens=20) for cls in (TurnEnv, Unpaid))
     lm = trained(tmp_path, [random_game(seed) for seed in range(2000)], MOVES, 64, 8.0, 2e-3)
     shares = [play(agent(env, lm), env)]
-    for training, n_iterations in ((env, 28), (unpaid, 6)):
+    for training, n_iterations in ((env, 48), (unpaid, 6)):
         model = agent(training, lm, learning_rate=1e-3)
-        model.learn(128 * 6 * n_iterations)
-        shares.append(play(model, env))
+        shares.append(train_until(model, partial(play, model, env), n_iterations, enough=0.7, n_checks=4))
     print("tic-tac-toe", shares)
     start, end, control = shares
     assert start < 0.4
@@ -204,10 +202,9 @@ def test_a_tool_is_used(tmp_path):
     without = TurnEnv(Product, PRODUCTS, **settings)
     lm = trained(tmp_path, [product_text(seed) for seed in range(3000)], PRODUCTS, 64, 8.0, 2e-3)
     shares = [play(agent(with_tool, lm), with_tool)]
-    for env in (with_tool, without):
+    for env, n_iterations in ((with_tool, 32), (without, 16)):
         model = agent(env, lm, n_envs=64, n_steps=12, learning_rate=1e-3)
-        model.learn(64 * 12 * 16)
-        shares.append(play(model, env))
+        shares.append(train_until(model, partial(play, model, env), n_iterations, enough=0.7, n_checks=4))
     print("product", shares)
     start, end, control = shares
     assert start < 0.4

@@ -137,7 +137,7 @@ def test_a_warning_of_another_process_is_shown_once_with_its_rank(home):
         alone, (first, other) = (launch(size, "run_with_warnings", words[size]) for size in (1, 2))
         assert [code for code, *_ in (*alone, first, other)] == [0, 0, 0], (alone, first, other)
         assert other[1:] == ("", "")
-        said = [line for line in first[stream].splitlines() if "odd" in line or "rank" in line]
+        said = [line for line in first[stream].splitlines() if "an odd text" in line or "rank 1" in line]
         assert said == ["warning: rank 1: an odd text"]
         assert all("a text of 5 words" in results[0][stream] for results in (alone, [first]))
         assert "6 words" not in first[1] + first[2] and "odd" not in alone[0][1] + alone[0][2]

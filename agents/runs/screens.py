@@ -62,7 +62,7 @@ def warnings_on(screen: Screen) -> Iterator[None]:
         warning: the reward is constant
     """
 
-    def show(message: Warning | str, *rest: object) -> None:
+    def show(message: Warning | str, *rest: Any, **more: Any) -> None:
         note_warning(str(message))
         screen.say(f"warning: {message}")
 

@@ -4,12 +4,13 @@
     python benchmarks/scale.py --weights copies --reference --json rows.json
     python benchmarks/schedule.py check costs.json rows.json --cores 2
 
-`calibrate` needs one core. It measures, in processor seconds, the share of the work that one of W processes has, by
-itself, and the traffic of W processes that share whatever cores there are. The simulation puts W such processes on the
-cores, which they share equally, and lets each wait for the others where training does. `check` compares the seconds of
-an iteration with those that `scale.py` has measured on free cores, and ends with 1 if they are more than a fifth apart.
-Processor seconds are compared as well, which need no free core. `scale_on_paper.py` runs the same simulation with
-computed costs.
+`calibrate` measures, in processor seconds, the share of the work that one of W processes has, and the traffic of W
+processes. W copies of the share run at once, without a word to each other: on one chip they share caches and the
+memory's bandwidth, and so each is slower than it would be by itself. The simulation puts W such processes on the cores,
+which they share equally, and lets each wait for the others where training does. `check` compares the seconds of an
+iteration with those that `scale.py` has measured on free cores, and ends with 1 if they are more than a fifth apart.
+Processor seconds are compared as well. `calibrate` needs the same cores free as `scale.py`. `scale_on_paper.py` runs
+the same simulation with computed costs.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -38,7 +41,7 @@ N_ROUNDS = 20  # of traffic, measured together
 
 @dataclass(frozen=True)
 class Costs:
-    """What each of W processes does in an iteration, in seconds of one core or GPU that it has for itself.
+    """What each of W processes does in an iteration, in seconds of one core or GPU.
 
     Attributes:
         rollout: Decoding, with the prompts' tokens.
@@ -134,14 +137,28 @@ def simulate(costs: Costs, size: int, cores: float, slowness: Sequence[float] | 
     return {**spent[last], "seconds": now}
 
 
-def share_of_work(settings: Settings, size: int) -> tuple[dict[str, Any], int]:
-    """Measure the share of one of `size` processes in processor seconds; return it, and the bytes of its gradients."""
-    lanes = 8 if settings.smoke else LANES
+def share_of_work(smoke: bool, size: int) -> dict[str, Any]:
+    """Measure the share of one of `size` processes in processor seconds; return it with the bytes of its gradients."""
+    prepare()
+    settings = Settings(1 if smoke else 2, "cpu", smoke)
+    lanes = 8 if smoke else LANES
     job = settings.work(n_lanes=lanes // size)
     batch_size = settings.work(n_lanes=lanes).agent().batch_size // size
     model = job.agent(batch_size=batch_size)
     portions = iteration(model, job.n_lanes * job.new_tokens, settings.n_pairs)
-    return portions, n_bytes([weight for weight in model.policy.parameters() if weight.requires_grad])
+    return {**portions, "n_bytes": n_bytes([weight for weight in model.policy.parameters() if weight.requires_grad])}
+
+
+def shares_at_once(smoke: bool, size: int) -> dict[str, Any]:
+    """Run `share_of_work` in `size` processes at once; return the means of what they measure."""
+    words = [sys.executable, __file__, "share", str(size), *(["--smoke"] if smoke else [])]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    copies = [subprocess.Popen(words, env=environment, stdout=subprocess.PIPE, text=True) for _ in range(size)]
+    printed = [copy.communicate()[0] for copy in copies]
+    if any(copy.returncode for copy in copies):
+        sys.exit("A share of the work could not be measured: its error is above.")
+    shares = [json.loads(text.splitlines()[-1]) for text in printed]
+    return {name: statistics.mean(share[name] for share in shares) for name in shares[0]}
 
 
 def measure_traffic(n_bytes: int) -> dict[str, float]:
@@ -161,10 +178,10 @@ def measure_traffic(n_bytes: int) -> dict[str, float]:
 
 def calibrate(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Measure the costs for each number of processes."""
-    prepare()
-    settings, rows = Settings(1 if args.smoke else 2, "cpu", args.smoke), []
+    rows = []
     for size in args.processes:
-        portions, sent_bytes = share_of_work(settings, size)
+        portions = shares_at_once(args.smoke, size)
+        portions["n_steps"], sent_bytes = round(portions["n_steps"]), round(portions.pop("n_bytes"))
         sent = launch(__file__, size, ["traffic", str(sent_bytes)]) if size > 1 else {}
         rows.append({"processes": size, **asdict(Costs(**portions, **sent, is_sent_by_core=True))})
     return rows
@@ -200,7 +217,7 @@ def main() -> None:
     """Calibrate, check, or be one of the processes whose traffic is measured."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     verbs = parser.add_subparsers(dest="verb", required=True)
-    verb = verbs.add_parser("calibrate", help="measure what a process does by itself")
+    verb = verbs.add_parser("calibrate", help="measure what each of several processes does")
     verb.add_argument("--processes", type=int, nargs="+", default=[1, 2, 4], help="their numbers (default: 1 2 4)")
     verb.add_argument("--smoke", action="store_true", help="a tiny model: only to see that it runs")
     verb.add_argument("--json", type=Path, required=True, help="write the costs to this file")
@@ -208,7 +225,10 @@ def main() -> None:
     verb.add_argument("costs", type=Path, help="the file that calibrate has written")
     verb.add_argument("rows", type=Path, help="the file that scale.py has written")
     verb.add_argument("--cores", type=float, default=os.cpu_count(), help="cores that were free (default: all)")
-    verb = verbs.add_parser("traffic")  # of the processes that calibrate starts
+    verb = verbs.add_parser("share")  # of the processes that calibrate starts, as is the next
+    verb.add_argument("size", type=int)
+    verb.add_argument("--smoke", action="store_true")
+    verb = verbs.add_parser("traffic")
     verb.add_argument("n_bytes", type=int)
     verb.add_argument("--result", type=Path)
     args = parser.parse_args()
@@ -220,6 +240,8 @@ def main() -> None:
         table, is_close = compare(*(json.loads(path.read_text()) for path in (args.costs, args.rows)), args.cores)
         print(table)
         sys.exit(0 if is_close else 1)
+    elif args.verb == "share":
+        print(json.dumps(share_of_work(args.smoke, args.size)))
     else:
         result = measure_traffic(args.n_bytes)
         if is_main_process():

@@ -27,9 +27,9 @@ def test_a_search_meets_the_bar_that_a_wrong_learning_rate_does_not(tmp_path):
     best = study.best(table)
     assert best["figures"]["reward"] >= BAR and best["figures"]["kl"] <= 10.0
     assert evaluated(tmp_path / "search" / "trials" / f"{best['trial']:03}") == best["figures"]["reward"]
-    # The bound keeps out models with as high a reward that repeat two words.
+    # The bound keeps out models whose reward is high, but which are far from the start: some repeat two words.
     figures = [row["figures"] for row in table if row["state"] == "over max_kl"]
-    assert any(of["kl"] > 100 and of["reward"] >= BAR for of in figures), table
+    assert any(of["kl"] > 10.0 and of["reward"] > 0.9 for of in figures), table
     # As the file has it, the demo learns nothing.
     wrong = ["--algorithm.learning_rate=1e-7", f"--total_tokens={config.total_tokens}"]
     assert run("train", *wrong, "--out", tmp_path / "wrong", *more) == 0

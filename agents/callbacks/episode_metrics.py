@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 from collections import Counter, defaultdict
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 from stable_baselines3.common.callbacks import BaseCallback
@@ -20,13 +21,24 @@ from ..rollout.vec_env import TextVecEnv
 from ..steps.step import remember
 from .reward_time import RewardShare
 from .scored_episodes import ScoredEpisodes
-from .text_figures import TextFigures
+from .text_figures import TextFacts, TextFigures, text_figures
+
+
+class EpisodeFacts(NamedTuple):
+    """What the log needs of an episode, small enough to send to the other processes."""
+
+    reward: float
+    n_tokens: int
+    end_reason: str
+    parts: Mapping[str, float]
+    is_dropped: bool
+    text: TextFacts | None  # None without a `TextVecEnv`
 
 
 class EpisodeMetrics(BaseCallback):
     """Logs, for each rollout, means over the episodes that ended in it, or whose late score came in it.
 
-    It logs these keys, which the README's table has, too:
+    In several processes these are the episodes of all. It logs these keys, which the README's table has, too:
 
     - `reward/task` and `reward/<part>`: the task reward and its named parts,
     - `episode/length`: the number of tokens that the policy wrote,
@@ -98,7 +110,7 @@ class EpisodeMetrics(BaseCallback):
 
     def _on_rollout_end(self) -> None:
         self._log_explained_variance()
-        infos = self._episodes.take()
+        episodes = self._episodes.take(self._read)
         now = time.perf_counter()
         speed = (self.model.num_timesteps - self._timesteps) / (now - self._clock)
         self.logger.record("time/tokens_per_second", speed)
@@ -111,29 +123,41 @@ class EpisodeMetrics(BaseCallback):
         before, self._read_before = self._read_before, self._read_so_far()
         for name, n_tokens in self._read_before.items():
             self.logger.record(f"time/{name}", n_tokens - before[name])
-        n_dropped = sum(info["dropped"] for info in infos)
+        n_dropped = sum(episode.is_dropped for episode in episodes)
         # In a sum of rewards the part's name is `<reward>/failure`.
-        n_failed = sum(any(name.split("/")[-1] == FAILURE for name in info["reward_parts"]) for info in infos)
+        n_failed = sum(any(name.split("/")[-1] == FAILURE for name in episode.parts) for episode in episodes)
         self._has_failed = self._has_failed or n_dropped + n_failed > 0
         if self._has_failed:
             self.logger.record("episode/dropped", n_dropped)
             self.logger.record("episode/failed", n_failed)
-        infos = [info for info in infos if not info["dropped"]]
-        if not infos:
-            return
-        self.logger.record("reward/task", float(np.mean([info["episode"]["r"] for info in infos])))
-        self.logger.record("episode/length", float(np.mean([info["episode"]["l"] for info in infos])))
-        for name, value in {} if self._texts is None else self._texts.of(infos).items():
+        if kept := [episode for episode in episodes if not episode.is_dropped]:
+            self._log_means(kept)
+
+    def _read(self, info: dict[str, Any]) -> EpisodeFacts:
+        return EpisodeFacts(
+            float(info["episode"]["r"]),
+            int(info["episode"]["l"]),
+            str(info["end_reason"]),
+            {name: float(value) for name, value in info["reward_parts"].items()},
+            bool(info["dropped"]),
+            None if self._texts is None else self._texts.read(info),
+        )
+
+    def _log_means(self, episodes: Sequence[EpisodeFacts]) -> None:
+        self.logger.record("reward/task", float(np.mean([episode.reward for episode in episodes])))
+        self.logger.record("episode/length", float(np.mean([episode.n_tokens for episode in episodes])))
+        texts = [episode.text for episode in episodes if episode.text is not None]
+        for name, value in (text_figures(texts) if texts else {}).items():
             self.logger.record(name, value)
         parts: dict[str, float] = defaultdict(float)
-        for info in infos:
-            for name, value in info["reward_parts"].items():
-                parts[name] += value / len(infos)
+        for episode in episodes:
+            for name, value in episode.parts.items():
+                parts[name] += value / len(episodes)
         for name, value in parts.items():
             self.logger.record(f"reward/{name}", value)
-        ends = Counter(info["end_reason"] for info in infos)
+        ends = Counter(episode.end_reason for episode in episodes)
         for reason in EndReason:
-            self.logger.record(f"episode/end_{reason}", ends[reason] / len(infos))
+            self.logger.record(f"episode/end_{reason}", ends[reason] / len(episodes))
 
     def _log_explained_variance(self) -> None:
         buffer = self.model.rollout_buffer  # type: ignore[attr-defined]

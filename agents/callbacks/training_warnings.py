@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import deque
+from collections.abc import Sequence
 from typing import Any, NamedTuple, cast
 
 import numpy as np
@@ -14,6 +15,7 @@ from textenv.episodes.rules import EndReason
 
 from ..diagnosis.catalogue import CATALOGUE
 from ..diagnosis.reward_rules import SLOW, SLOW_SECONDS
+from ..distributed.collectives import gather
 from ..policies.lm_policy import LMPolicy
 from ..policies.rounding import tolerance
 from ..rollout.buffer import SequenceRolloutBuffer
@@ -40,6 +42,29 @@ class Ended(NamedTuple):
         return cls(str(info["end_reason"]), info["episode"]["l"], reward)
 
 
+class RolloutFigures(NamedTuple):
+    """The figures of a rollout that the warnings look at, besides its episodes."""
+
+    reward_share: float  # the share of the time that the reward takes
+    reward_seconds: float
+    divergence: float | None  # nats per token; None without a reference
+    log_ratio: float  # the largest |log ratio| before the first step of the update, nats
+    entropy: float  # nats per token
+
+    @classmethod
+    def merged(cls, of_ranks: Sequence[RolloutFigures]) -> RolloutFigures:
+        """Return the figures of a rollout that processes have shared, of equally many tokens each."""
+        slowest = max(of_ranks, key=lambda figures: figures.reward_share)
+        divergences = [figures.divergence for figures in of_ranks if figures.divergence is not None]
+        return cls(
+            slowest.reward_share,
+            slowest.reward_seconds,
+            float(np.mean(divergences)) if divergences else None,
+            max(figures.log_ratio for figures in of_ranks),
+            float(np.mean([figures.entropy for figures in of_ranks])),
+        )
+
+
 class TrainingWarnings(BaseCallback):
     """Warns of faults that make training pointless or wrong, once per run (resumed or not), with cause and cure.
 
@@ -54,7 +79,7 @@ class TrainingWarnings(BaseCallback):
 
     Its words are those of the catalogue of `textenv doctor RUN` (docs/doctor.md). It logs `rollout/log_ratio`, the
     largest |log ratio| that it found, reads a few sequences once more and changes nothing. Its position in the list of
-    callbacks does not matter.
+    callbacks does not matter. In several processes it looks at the episodes and figures of all.
 
     Args:
         entropy_fraction: The fraction of the first rollout's entropy below which it warns; the entropy is estimated by
@@ -112,15 +137,25 @@ class TrainingWarnings(BaseCallback):
 
     def _on_rollout_end(self) -> None:
         buffer = sequence_buffer(self.model)
-        self._recent += [Ended.of(info) for info in self._episodes.take()]
+        self._recent += self._episodes.take(Ended.of)
         if len(self._recent) >= MIN_EPISODES:
             self._look_at_rewards([episode.reward for episode in self._recent if episode.reward is not None])
             self._look_at_ends(self._recent)
             self._recent = []
-        self._look_at_time()
-        self._look_at_divergence()
-        self._look_at_ratios(buffer)
-        self._look_at_entropy(buffer)
+        own = RolloutFigures(
+            self._rewards.share,
+            self._rewards.seconds,
+            # `KLPenalty` recorded it when the buffer computed its returns, which SB3
+            # `on_policy_algorithm.collect_rollouts` does before it calls `on_rollout_end`.
+            self.logger.name_to_value.get("kl/token"),
+            _largest_log_ratio(cast("LMPolicy", self.model.policy), buffer),
+            -float(buffer.log_probs.mean()),
+        )
+        figures = RolloutFigures.merged(gather("the figures of a rollout", own))
+        self._look_at_time(figures)
+        self._look_at_divergence(figures.divergence)
+        self._look_at_ratios(figures.log_ratio)
+        self._look_at_entropy(figures.entropy)
 
     def _look_at_rewards(self, rewards: list[float]) -> None:
         if rewards and min(rewards) == max(rewards):
@@ -135,32 +170,27 @@ class TrainingWarnings(BaseCallback):
         if all(episode.end_reason == EndReason.EOS and episode.n_tokens == 1 for episode in episodes):
             self._warn("empty-texts", f"all {n} last episodes are an end token and nothing else")
 
-    def _look_at_time(self) -> None:
-        seconds, share = self._rewards.seconds, self._rewards.share
+    def _look_at_time(self, figures: RolloutFigures) -> None:
+        share, seconds = figures.reward_share, figures.reward_seconds
         if share > SLOW and seconds > SLOW_SECONDS:
             self._warn("reward-slow", f"the reward takes {share:.0%} of the time, {seconds:.0f} s so far")
 
-    def _look_at_divergence(self) -> None:
-        # `KLPenalty` recorded it when the buffer computed its returns, which SB3 `on_policy_algorithm.collect_rollouts`
-        # does before it calls `on_rollout_end`.
-        value = self.logger.name_to_value.get("kl/token")
+    def _look_at_divergence(self, value: float | None) -> None:
         if value is None:
             return
-        self._divergences.append(float(value))
+        self._divergences.append(value)
         if len(self._divergences) == self.patience and max(self._divergences) < NEGATIVE_KL:
             seen = f"it is below 0 for {self.patience} rollouts, last {value:.3g} nats a token"
             self._warn("kl-negative", seen)
 
-    def _look_at_ratios(self, buffer: SequenceRolloutBuffer) -> None:
-        policy = cast("LMPolicy", self.model.policy)
-        off, limit = _largest_log_ratio(policy, buffer), tolerance(policy.lm)  # nats
+    def _look_at_ratios(self, off: float) -> None:
+        limit = tolerance(cast("LMPolicy", self.model.policy).lm)  # nats
         self.logger.record("rollout/log_ratio", off)
         if not off <= limit:  # also true for NaN
             seen = f"before the first step of an update its log-ratio is {off:.3g}; up to {limit:.0e} is rounding"
             self._warn("rollout-update-mismatch", seen)
 
-    def _look_at_entropy(self, buffer: SequenceRolloutBuffer) -> None:
-        entropy = -float(buffer.log_probs.mean())
+    def _look_at_entropy(self, entropy: float) -> None:
         if self._first_entropy is None:
             self._first_entropy = entropy
         if entropy < self.entropy_fraction * self._first_entropy:

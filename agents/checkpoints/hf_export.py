@@ -73,9 +73,7 @@ def export(
         raise TypeError(f"Expected a Hugging Face tokenizer or None, got {type(tokenizer).__name__}.")
     if adapter:
         check_adapter(policy.backbone.model)
-    shards = policy.lm.shards
-    whole = None if shards is None else shards.whole()  # gathered from all processes, in the memory of rank 0
-    backbone = policy.backbone if whole is None else cast("Backbone", whole.backbone)
+    backbone = whole_backbone(policy)
 
     def write() -> None:
         with output_folder(folder, "language model", overwrite) as beside:
@@ -85,6 +83,15 @@ def export(
 
     by_main(f"export {Path(folder).absolute()}", write)
     return Path(folder)
+
+
+def whole_backbone(policy: LMPolicy) -> Backbone:
+    """Return a policy's language model to write: of sharded weights a whole copy, in the memory of rank 0.
+
+    All processes must call it; the others return the model as it is, which they must not write.
+    """
+    whole = None if policy.lm.shards is None else policy.lm.shards.whole()
+    return policy.backbone if whole is None else cast("Backbone", whole.backbone)
 
 
 def write_model(backbone: Backbone, tokenizer: PreTrainedTokenizerBase | None, folder: Path) -> None:

@@ -70,6 +70,7 @@ GROUPS: dict[type, dict[str, tuple[str, ...]]] = {
             "device",
             "model.autocast",
             "model.gradient_checkpointing",
+            "model.shard",
             "algorithm.micro_batch_tokens",
         ),
         "log and keep": (

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, is_dataclass
@@ -15,6 +16,8 @@ from textenv import __version__
 
 from ..distributed.collectives import gather
 from ..distributed.failures import Failure, consequence, fail_first, said
+from ..distributed.sharding import Sharded
+from ..distributed.warned import note_warning, warnings_of_others
 from ..distributed.world import World, joined, world
 from ..errors import HANDLED, CommandError, CommonError, Exit
 from ..runs.changed_keys import differences
@@ -31,7 +34,8 @@ APART = {"tune": "start the same command several times, and the processes share 
 def take_part(verb: str, read: Callable[[], tuple[Any, ...]], do: Callable[..., int]) -> int:
     """Run a verb in this process together with the others, and return the exit code.
 
-    Rank 0 alone writes to standard output and standard error.
+    Rank 0 alone writes to standard output and standard error; a warning that only others give it says at the end, or
+    `train` after the iteration.
 
     Args:
         verb: The verb.
@@ -47,9 +51,15 @@ def take_part(verb: str, read: Callable[[], tuple[Any, ...]], do: Callable[..., 
     if verb not in TOGETHER:
         cure = APART.get(verb, "start it without torchrun and accelerate launch, and without --processes")
         raise CommonError(f"Expected one process for textenv {verb}, got {here.size}: {cure}.")
+    if verb != "train" and Sharded.asked_for() is not None:
+        raise CommonError(f"Expected --use_fsdp for textenv train only, got it for {verb}: leave it out.")
     try:
-        with nullcontext() if here.rank == 0 else _silence():
-            return do(*_agreed(here, read))
+        with nullcontext() if here.rank == 0 else _silence(), _warnings_noted():
+            code = do(*_agreed(here, read))
+            others = warnings_of_others()
+        for line in others if here.rank == 0 else ():
+            write_line(f"warning: {line}")
+        return code
     except (CommandError, *HANDLED) as error:
         if (lost := consequence(error)) is not None:
             raise lost from error
@@ -59,6 +69,20 @@ def take_part(verb: str, read: Callable[[], tuple[Any, ...]], do: Callable[..., 
             raise lost from error
         write_line(traceback.format_exc())
         raise as_command_error(error, Path.cwd()) from error
+
+
+@contextmanager
+def _warnings_noted() -> Iterator[None]:
+    """Within, note each warning that is shown, for `warnings_of_others`."""
+    with warnings.catch_warnings():
+        shown = warnings.showwarning
+
+        def show(message: Warning | str, *rest: Any, **more: Any) -> None:
+            note_warning(str(message))
+            shown(message, *rest, **more)
+
+        warnings.showwarning = show
+        yield
 
 
 @contextmanager

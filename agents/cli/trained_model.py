@@ -231,6 +231,7 @@ def evaluate_run(config: TrainConfig, chosen: EvaluateOptions, options: TrustOpt
     """
     if chosen.judge is not None:
         config.evaluation.judge = chosen.judge
+    config.model.shard = None  # each process writes the texts of its own share, with all weights
     parts = assemble(config, trust_of(options))
     RunFolder.open(chosen.run)
     checkpoint_to_load(RunFolder(chosen.run))  # refuses a damaged checkpoint before the first evaluation

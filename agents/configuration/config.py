@@ -92,6 +92,10 @@ class ModelConfig:
         top_p_lag: Choose the tokens of `top_p` by a copy of the policy, renewed after this many updates (NLPO).
         autocast: "bfloat16" computes in 16 bits, to save time and memory; null for not at all.
         gradient_checkpointing: Save memory, at the cost of about a third more time.
+        shard: With several processes, spread weights, gradients and optimizer over them (FSDP2; docs/scaling.md), for
+            models that do not fit into one device: "gathered" holds all weights while texts are written, "lock_step"
+            one layer at a time, and "offloaded" keeps the shards in the host's memory. null keeps a copy in each
+            process, and one process always has a copy.
     """
 
     name: str = "demo"
@@ -113,6 +117,7 @@ class ModelConfig:
     top_p_lag: int | None = None
     autocast: Literal["bfloat16"] | None = None
     gradient_checkpointing: bool = False
+    shard: Literal["gathered", "lock_step", "offloaded"] | None = None
 
 
 @dataclass

@@ -40,6 +40,8 @@ class World:
         n_written: How often `by_main` has written each name: the same in all processes.
         turns: By name, the work that this process does when others take that turn (`offer_help`).
         n_turns: The number of turns offered so far: the same in all processes.
+        warned: The warnings of this process that the others do not know yet (`warned.note_warning`).
+        known_warnings: The kinds of warnings that rank 0 has given: the same in all processes.
     """
 
     rank: int
@@ -52,6 +54,8 @@ class World:
     n_written: Counter[str] = field(default_factory=Counter)
     turns: dict[str, Callable[[], None]] = field(default_factory=dict)
     n_turns: int = 0
+    warned: list[str] = field(default_factory=list)
+    known_warnings: set[str] = field(default_factory=set)
 
 
 _joined: World | None = None  # the job of this process, from the first call of `world` to the end of the process

@@ -10,7 +10,7 @@ import numpy as np
 from textenv.episodes.scores import RewardError
 from textenv.lanes.finished_episodes import Place
 
-from ..distributed.collectives import raise_together
+from ..distributed.collectives import gather, raise_together
 from .advantages import Advantage, AdvantageFunction, episode_advantages
 from .dynamic_sampling import with_signal
 from .ended_episodes import EndedEpisode, RolloutGroups
@@ -223,8 +223,9 @@ def choose_by_signal(
     scores = np.array([episode.part.task_rewards.sum(dtype=np.float64) for episode in compared])  # (E,)
     signals = with_signal(scores, np.array([episode.group for episode in compared], dtype=np.int64))
     new = {episode.group for place, episode in whole.items() if place not in earlier}
-    if new:
-        groups.log("signal", len(new & signals) / len(new))
+    n_with_signal, n_new = np.sum(gather("the signals of groups", (len(new & signals), len(new))), axis=0)
+    if n_new:
+        groups.log("signal", float(n_with_signal / n_new))
     if groups.dynamic.min_groups is None:
         return whole, {}
     is_full = groups.dynamic.is_full(len(signals))

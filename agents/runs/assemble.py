@@ -48,7 +48,7 @@ from ..small_models.demo_model import model_folder
 from ..steps.critic_warmup import CriticWarmup
 from ..steps.kl_penalty import AdaptiveCoef, KLPenalty
 from .advantage_names import make_advantage
-from .policy_arguments import policy_arguments
+from .policy_arguments import policy_arguments, shards_of
 from .score_steps import score_steps
 
 ALGORITHMS: dict[str, type[OnPolicyAlgorithm]] = {"ppo": PPO, "a2c": A2C, "maskable_ppo": MaskablePPO, "trpo": TRPO}
@@ -334,7 +334,11 @@ def _agent(config: TrainConfig, env: TextEnv, trust: Trust) -> OnPolicyAlgorithm
         load_lm(model.name, trust),
         n_envs=algorithm.n_envs,
         algorithm=ALGORITHMS[algorithm.name],
-        policy_kwargs={**policy_arguments(model), "surrogate": make_surrogate(algorithm.surrogate, trust)},
+        policy_kwargs={
+            **policy_arguments(model),
+            "surrogate": make_surrogate(algorithm.surrogate, trust),
+            "shard": shards_of(model, config.device),
+        },
         rollout_buffer_kwargs={name: value for name, value in buffer.items() if value is not None},
         seed=config.seed,
         device=config.device,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ..configuration.config import ModelConfig
+from ..distributed.sharding import Sharded
 from ..errors import CommandError
 from ..models.critic import CriticSpec, RewardModelCritic, SeparateCritic, SharedCritic
 from ..models.pretrained import Pretrained
@@ -24,6 +25,18 @@ def policy_arguments(model: ModelConfig) -> dict[str, Any]:
         "train": train.get(model.train, model.train),
         "critic": _critic(model),
     }
+
+
+def shards_of(model: ModelConfig, device: str) -> Sharded | None:
+    """Return the way in which a configuration spreads the weights over several processes; None for copies.
+
+    Args:
+        model: The model's part of the configuration.
+        device: The device of the algorithm.
+    """
+    if model.shard is None:
+        return None
+    return Sharded(gather=model.shard != "lock_step", offload=model.shard == "offloaded", device=device)
 
 
 def _critic(model: ModelConfig) -> CriticSpec:

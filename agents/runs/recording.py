@@ -1,4 +1,4 @@
-"""The callbacks that write a run's metrics.jsonl and samples.jsonl; a resumed run writes the same rows."""
+"""The callbacks that write a run's metrics.jsonl and samples.jsonl, and show the warnings of other processes."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from textenv.env import TextEnv
 
 from ..distributed.collectives import from_main, gather
 from ..distributed.sharding import gathered
+from ..distributed.warned import warnings_of_others
 from ..distributed.world import is_main_process
 from ..evaluation.shared_episodes import run_together
 from ..policies.lm_policy import LMPolicy
@@ -87,6 +88,28 @@ class Recorder(BaseCallback):
         self.writer.row = {}
         self.run.append(self.run.metrics, [row])
         self.show(row)
+
+
+class OtherWarnings(BaseCallback):
+    """Shows, after each iteration, the warnings that other processes have given and this one has not.
+
+    Args:
+        say: A function that shows a line.
+    """
+
+    def __init__(self, say: Callable[[str], None]) -> None:
+        super().__init__()
+        self.say = say
+
+    def _on_step(self) -> bool:
+        return True
+
+    def _on_rollout_start(self) -> None:
+        for line in warnings_of_others():
+            self.say(f"warning: {line}")
+
+    def _on_training_end(self) -> None:
+        self._on_rollout_start()
 
 
 class SampleRecorder(BaseCallback):

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 from textenv.text.printable import printable
 
+from ..distributed.warned import note_warning
 from ..signals import write_line
 from .folder import to_line
 from .remaining import Remaining, clock
@@ -51,7 +52,7 @@ class Screen(Protocol):
 
 @contextmanager
 def warnings_on(screen: Screen) -> Iterator[None]:
-    """Within, show each warning on a screen, at once.
+    """Within, show each warning on a screen, at once, and note it for `warnings_of_others`.
 
     `warnings.catch_warnings` restores the previous display and filters at the end, also after an error.
 
@@ -60,8 +61,13 @@ def warnings_on(screen: Screen) -> Iterator[None]:
         ...     warnings.warn("the reward is constant")
         warning: the reward is constant
     """
+
+    def show(message: Warning | str, *rest: Any, **more: Any) -> None:
+        note_warning(str(message))
+        screen.say(f"warning: {message}")
+
     with warnings.catch_warnings():
-        warnings.showwarning = lambda message, *rest: screen.say(f"warning: {message}")
+        warnings.showwarning = show
         yield
 
 

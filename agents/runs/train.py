@@ -21,12 +21,11 @@ from textenv.text.named_tokenizer import DEMO
 
 from ..callbacks.finite_updates import FiniteUpdates
 from ..checkpoints.checkpoint import load_checkpoint
-from ..checkpoints.hf_export import write_model
+from ..checkpoints.hf_export import whole_backbone, write_model
 from ..checkpoints.output_folders import output_folder
 from ..configuration.config import FREE_ON_RESUME, PLOTTED, RunOptions, TrainConfig, TrainOptions, default_loggers
 from ..distributed.collectives import from_main, once
 from ..distributed.failures import consequence
-from ..distributed.sharding import gathered
 from ..distributed.world import is_main_process
 from ..errors import CommandError, Exit, Interrupted, is_full
 from ..evaluation.curves import draw_curves
@@ -34,6 +33,7 @@ from ..evaluation.evaluate_callback import Evaluate
 from ..evaluation.evaluation_files import HISTORY
 from ..evaluation.tables import cell, markdown
 from ..files import write_text
+from ..models.backbone import Backbone
 from ..policies.actor_critic import LMActorCritic
 from ..policies.lm_policy import LMPolicy
 from ..policies.reference import start_of
@@ -46,7 +46,7 @@ from .folder import RunFolder, read_rows
 from .live_screen import LiveScreen
 from .loggers import SamplePages, check_loggers, make_loggers, make_trackers, named
 from .model_card import model_card
-from .recording import Recorder, RowWriter, SampleRecorder
+from .recording import OtherWarnings, Recorder, RowWriter, SampleRecorder
 from .reporting import Reporter
 from .screens import JsonScreen, PlainScreen, QuietScreen, Row, Screen, SilentScreen, warnings_on
 from .shared_folder import check_shared, create_folder, locked_folder
@@ -263,6 +263,7 @@ def _run(
             evaluate,
             *([] if watch is None else [watch(evaluate)]),
             *_recorders(run, parts, writer, views),
+            OtherWarnings(screen.say),
             RunCheckpoints(run, *kept, interrupts, lambda: evaluate.is_over, screen.say),
         ]
         screen.begin(done, read_rows(run.metrics))
@@ -281,8 +282,8 @@ def _run(
         agent.logger.close()
         for tracker in trackers:
             tracker.close()
-        with gathered(cast("LMPolicy", agent.policy).lm):
-            once(lambda: _finish(run, parts, screen))
+        backbone = whole_backbone(cast("LMPolicy", agent.policy))
+        once(lambda: _finish(run, parts, screen, backbone))
         for report in reports:
             screen.say(report.finish())
         if watch is not None and interrupts.number:  # in the last iteration; further trials must not start
@@ -350,8 +351,8 @@ def _evaluate(run: RunFolder, parts: Parts, reference: LMActorCritic | None) -> 
     )
 
 
-def _finish(run: RunFolder, parts: Parts, screen: Screen) -> None:
-    """Write curves, results and the model with its card, and print their paths."""
+def _finish(run: RunFolder, parts: Parts, screen: Screen, backbone: Backbone) -> None:
+    """Write curves, results and the language model with its card, and print their paths."""
     config = parts.config
     rows = read_rows(run.metrics)
     if "curves" in [named(logger).id for logger in config.loggers]:
@@ -364,7 +365,7 @@ def _finish(run: RunFolder, parts: Parts, screen: Screen) -> None:
     text = markdown(["figure", "before", "after"], figures)
     write_text(run.path / "results.md", text + "\n")
     with output_folder(run.model, "language model", overwrite=True) as draft:
-        write_model(cast(LMPolicy, parts.agent.policy).backbone, parts.tokenizer, draft)
+        write_model(backbone, parts.tokenizer, draft)
         (draft / "README.md").write_text(model_card(config, run.read_about(), text), encoding="utf-8")
     # Last, since `RunFolder.is_finished` reads it.
     write_text(run.results, json.dumps({"before": before, "after": after}, indent=1) + "\n")

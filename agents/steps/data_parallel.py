@@ -15,6 +15,7 @@ from ..distributed.gradients import AgreedTarget
 from ..distributed.world import world
 from ..policies.lm_policy import LMPolicy
 from ..rollout.buffer import DATA_PARALLEL, SequenceRolloutBuffer
+from ..rollout.explained_variance import explained_variance
 from .step import Order, RolloutStep, sequence_buffer, text_vec_env
 
 SETTINGS = (
@@ -31,9 +32,10 @@ SETTINGS = (
 BUFFER_SETTINGS = ("advantage", "critic_lambda", "lambda_alpha", "normalize_advantage", "aggregation")
 # Counts are added up; other figures are averaged.
 SUMMED = (
-    *("episode/dropped", "episode/failed", "time/prefill_tokens", "time/shared_tokens"),
-    *("groups/dropped", "groups/trained", "groups/extra_tokens", "engine/calls"),
+    *("time/prefill_tokens", "time/shared_tokens", "groups/dropped", "groups/trained", "groups/extra_tokens"),
+    "engine/calls",
 )
+EXPLAINED_VARIANCE = "train/explained_variance"
 ROLLOUT_SECONDS = "time/rollout_seconds"
 WAITED_SECONDS = "time/waited_seconds"
 SLOWEST_RANK = "time/slowest_rank"
@@ -47,7 +49,8 @@ class DataParallel(RolloutStep):
     `total_timesteps` are divided among the processes, so that the same script makes the same updates on any number of
     them. `num_timesteps` counts the tokens of all processes.
 
-    Rank 0 logs the means over the processes (counts of episodes and of prompts' tokens are added up).
+    Rank 0 logs the means over the processes (counts of groups and of prompts' tokens are added up); `EpisodeMetrics`
+    computes its means from the episodes of all, and the explained variance is that of the tokens of all.
     `time/rollout_seconds` is the time of the slowest process, and `time/rollout_seconds/rank_<r>` that of each.
     `time/waited_seconds` is the longest that a process has waited for others since the last row, and
     `time/slowest_rank` the rank of the process that waited least.
@@ -91,7 +94,7 @@ class DataParallel(RolloutStep):
         logger = vars(self.algorithm).get("_logger")  # none before the first `learn`
         if logger is not None and not isinstance(logger, SharedLogger):
             # Not by `set_logger`: after it, SB3 `base_class._setup_learn` makes no new logger for the next `learn`.
-            self.algorithm._logger = SharedLogger(logger)
+            self.algorithm._logger = SharedLogger(logger, sequence_buffer(self.algorithm))
         target, shared = vars(self.algorithm).get("target_kl"), cast("LMPolicy", self.algorithm.policy).shared
         assert shared is not None, "several processes"
         shared.target = None if target is None else AgreedTarget(target)
@@ -112,14 +115,21 @@ class SharedLogger(Logger):
 
     Args:
         logger: The logger of this process.
+        buffer: The rollout buffer of this process.
     """
 
-    def __init__(self, logger: Logger) -> None:
-        here = world()
+    def __init__(self, logger: Logger, buffer: SequenceRolloutBuffer) -> None:
+        here, self.buffer = world(), buffer
         super().__init__(logger.dir, logger.output_formats if here is None or here.rank == 0 else [])
         self.level = logger.level
         self.name_to_value.update(logger.name_to_value)
         self.name_to_excluded.update(logger.name_to_excluded)
+
+    def record(self, key: str, value: Any, exclude: str | tuple[str, ...] | None = None) -> None:
+        """Record a figure; for the critic's explained variance, that of the tokens of all processes."""
+        if key == EXPLAINED_VARIANCE:  # SB3 `ppo.PPO.train` computes it from the tokens of this process alone
+            value = explained_variance(self.buffer.values.ravel(), self.buffer.returns.ravel())
+        super().record(key, value, exclude)
 
     def dump(self, step: int = 0) -> None:
         """Write the means over the processes; for values that are not numbers, write those of rank 0."""
@@ -132,7 +142,7 @@ class SharedLogger(Logger):
         excluded = {key: formats for _, row in reversed(rows) for key, formats in row.items()}
         self.name_to_value.clear()
         for key, value in merged.items():
-            self.record(key, value, excluded.get(key))
+            super().record(key, value, excluded.get(key))
         super().dump(step)
 
 
@@ -140,8 +150,8 @@ def merge(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """Merge the rows that several processes have recorded into one row of the log.
 
     Example:
-        >>> merge([{"reward/task": 1.0}, {"reward/task": 2.0, "episode/dropped": 3}])
-        {'reward/task': 1.5, 'episode/dropped': 3.0}
+        >>> merge([{"train/loss": 1.0}, {"train/loss": 2.0, "groups/dropped": 3}])
+        {'train/loss': 1.5, 'groups/dropped': 3.0}
     """
     by_key: dict[str, list[Any]] = defaultdict(list)
     for row in rows:

@@ -13,7 +13,7 @@ from sb3_contrib import TRPO
 from stable_baselines3.common.base_class import BaseAlgorithm
 from torch import Tensor
 
-from ..distributed.collectives import gather
+from ..distributed.collectives import gather, moments
 from ..distributed.sharding import placed
 from ..models.interface import version_of
 from ..models.pretrained import LMLike, Pretrained
@@ -282,8 +282,9 @@ class KLPenalty(RolloutStep):
         per_segment = [by_step[s.start : s.end, s.lane].sum() for s in buffer.segments if s.is_finished]
         logger = self.algorithm.logger
         logger.record("kl/token", float(kl.mean()))
-        if per_segment:
-            logger.record("kl/sequence", float(np.mean(per_segment)))
+        n_ended, mean_of_ended, _ = moments("the divergence of episodes", np.array(per_segment))  # of all processes
+        if n_ended:
+            logger.record("kl/sequence", mean_of_ended)
         logger.record("kl/coef", self.coef)
         if self.estimator != "exact":  # which reads whole distributions, not the sampled tokens
             logger.record("kl/reference_nll", -float(buffer.reference_log_probs[steps, lanes].mean()))

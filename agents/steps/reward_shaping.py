@@ -10,7 +10,7 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 
 from textenv.episodes.rules import EndReason
 
-from ..distributed.collectives import Spread, gather, merge_moments
+from ..distributed.collectives import Spread, gather, merge_moments, moments
 from ..distributed.world import world
 from ..rollout.buffer import SequenceRolloutBuffer
 from .scores import final_reward
@@ -124,10 +124,8 @@ class RewardShaping(RolloutStep):
         """Change the rewards on the last tokens of the episodes whose score has come."""
         infos = self.env.record.scored
         scores = np.array([info["episode"]["r"] for info in infos.values()])  # (E,)
-        is_cut = np.array([info["end_reason"] is EndReason.LENGTH for info in infos.values()])
+        is_cut = np.array([info["end_reason"] is EndReason.LENGTH for info in infos.values()], dtype=bool)
         shaped = self._shape_all(scores) if self._changes_scores else scores
-        if not infos:
-            return
         overlong = self._overlong(list(infos.values()))  # (E,)
         penalties = self.missing_eos_penalty * is_cut + overlong
         for place, score, new_score, penalty in zip(infos, scores, shaped, penalties, strict=True):
@@ -139,10 +137,13 @@ class RewardShaping(RolloutStep):
             if self._changes_scores:
                 reward[:] = (reward - np.float32(score)) + np.float32(new_score)
             reward -= np.float32(penalty)
-        self.algorithm.logger.record("shaping/score", float((shaped - penalties).mean()))
-        self.algorithm.logger.record("shaping/cut", float(is_cut.mean()))
+        figures = {"score": shaped - penalties, "cut": is_cut}
         if self.overlong_tokens is not None:
-            self.algorithm.logger.record("shaping/overlong", float(overlong.mean()))
+            figures["overlong"] = overlong
+        for name, values in figures.items():
+            n, mean, _ = moments(f"shaping/{name}", values)  # over the episodes of all processes
+            if n:
+                self.algorithm.logger.record(f"shaping/{name}", mean)
 
     def changes(self, infos: list[dict[str, Any]]) -> np.ndarray:
         """Return what a rollout would add to the last reward of finished episodes of the env, (E,).

@@ -298,7 +298,7 @@ class RecordRank(BaseCallback):
         self.logger.record("own/rank", rank)
         if rank == size - 1:
             self.logger.record("own/last", 7)
-            self.logger.record("episode/dropped", 3)
+            self.logger.record("groups/dropped", 3)
 
 
 def logged_run(folder, shard=None):

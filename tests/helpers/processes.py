@@ -7,8 +7,10 @@ import subprocess
 import sys
 import time
 import traceback
+from functools import cache
 
 from agents.distributed import world
+from tests.agents.callbacks import episode_jobs
 from tests.agents.cli import several
 from tests.agents.distributed import device_jobs, evaluation_jobs, loading_jobs, prompt_jobs
 from tests.agents.engines import engine_jobs
@@ -20,7 +22,7 @@ from tests.helpers.command import ROOT
 CONTEXT = multiprocessing.get_context("forkserver")
 MODULES = (
     *(several, mistakes, advantage_jobs, surrogate_jobs, group_jobs, value_jobs, prompt_jobs, engine_jobs, jobs),
-    *(loading_jobs, device_jobs, evaluation_jobs),
+    *(loading_jobs, device_jobs, evaluation_jobs, episode_jobs),
 )
 JOBS = {name: job for module in MODULES for name, job in vars(module).items()}
 CONTEXT.set_forkserver_preload([module.__name__ for module in MODULES])
@@ -32,8 +34,18 @@ def free_port():
         return probe.getsockname()[1]
 
 
+@cache
+def import_once():
+    """Start the process that all are forked from, which imports everything: that is no part of a launch's time."""
+    process = CONTEXT.Process(target=os.getpid)
+    process.start()
+    process.join(300)
+    assert process.exitcode == 0, "a busy machine takes more than 60 s for it"
+
+
 def launch(size, job, *args, environments=None, timeout=60):
     """Run a function of the `MODULES` in each process; return results and errors by rank."""
+    import_once()
     port = free_port()
     pipes, processes = [], []
     for rank in range(size):

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from agents.callbacks.text_figures import TextFigures, repeated_pairs, signal_share
+from agents.callbacks.text_figures import TextFigures, repeated_pairs, signal_share, text_figures
 from tests.agents.diagnosis.bank.model import TEMPLATE, tokenizer
 from tests.helpers.training import tiny_env
 from textenv import Prompt, TextEnv
@@ -13,10 +13,14 @@ def info(prompt, text, reward):
     return {"prompt": prompt, "text": text, "episode": {"r": reward, "l": 1}}
 
 
+def figures_of(env, infos):
+    return text_figures([TextFigures(env).read(row) for row in infos])
+
+
 def test_the_figures_by_hand():
     cut, whole = Prompt("ab", n_cut=2), Prompt("cd")
     infos = [info(cut, "a a a", 3.0), info(whole, " ", 1.0), info(whole, "b", 1.0), info(whole, "b", 3.0)]
-    assert TextFigures(tiny_env()).of(infos) == pytest.approx(
+    assert figures_of(tiny_env(), infos) == pytest.approx(
         {
             "episode/count": 4,
             "episode/reward_std": 1.0,
@@ -50,4 +54,4 @@ def test_plain_prompts_are_counted_where_the_tokenizer_has_a_template():
     chat = [{"role": "user", "content": "the film"}]
     env = TextEnv(["the film", chat], tokenizer(TEMPLATE), reward=lambda *_: 0.0, max_new_tokens=2)
     infos = [info(prompt, "x", 0.0) for prompt in (env.prompts[0], *env.prompts)]
-    assert TextFigures(env).of(infos)["prompt/plain"] == pytest.approx(2 / 3)
+    assert figures_of(env, infos)["prompt/plain"] == pytest.approx(2 / 3)

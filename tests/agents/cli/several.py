@@ -6,6 +6,7 @@ import signal
 import sys
 import tempfile
 import time
+import warnings
 
 import torch
 from stable_baselines3 import PPO
@@ -18,6 +19,7 @@ import agents.report.training
 import agents.runs.assemble
 import agents.runs.loggers
 from agents.cli import main as cli
+from agents.supervised import hf_trainer, resumable
 from tests.helpers.jobs import choose_by_row
 from textenv.checks.extras import MissingExtraError
 
@@ -48,6 +50,50 @@ def run_command(words, is_scripted=False):
 def run_shares_of_four(words):
     """Run the command as `run_command` does, with shares of four rows."""
     agents.cli.trained_model.CHUNK = agents.cli.trained_model.SHARE = 4
+    return run_command(words)
+
+
+def run_with_warnings(words):
+    """Run the command as `run_command` does; all processes warn of their texts, and rank 1 of two things more."""
+    rank = int(os.environ.get("RANK", "0"))
+    mood, generate = agents.runs.assemble.mood, agents.cli.trained_model.generate
+
+    def warn():
+        warnings.warn(f"a text of {5 + rank} words", stacklevel=1)
+        if rank == 1:
+            warnings.warn("an odd text", stacklevel=1)
+
+    def reward(prompt, preds, done):
+        warn()
+        return mood(prompt, preds, done)
+
+    def write(*args, **kwargs):
+        warn()
+        return generate(*args, **kwargs)
+
+    agents.runs.assemble.mood, agents.cli.trained_model.generate = reward, write
+    agents.cli.trained_model.CHUNK = 1  # a prompt for each process
+    return run_command(words)
+
+
+def run_stage_until(words, n_steps=0, how="SIGINT"):
+    """Run a stage as `run_command` does, with a state every second step; end its last process in a step.
+
+    Args:
+        words: The words after `textenv`.
+        n_steps: The step after which the signal comes; 0 for none.
+        how: The name of the signal.
+    """
+    resumable.SAVE_STEPS, done, first_request = 2, [0], resumable.first_request
+    is_last = os.environ.get("RANK", "0") == str(int(os.environ.get("WORLD_SIZE", "1")) - 1)
+
+    def request(signals):
+        done[0] += 1
+        if is_last and done[0] == n_steps:
+            os.kill(os.getpid(), signal.Signals[how])
+        return first_request(signals)
+
+    resumable.first_request = hf_trainer.first_request = request
     return run_command(words)
 
 

@@ -9,15 +9,14 @@ import sys
 import pytest
 from safetensors.numpy import load_file
 
+from agents.report.page import inert_json
 from tests.agents.distributed.test_distributed import SAME, largest_difference
 from tests.helpers.command import ROLLOUT, environment, rows, settings, small_model
-from tests.helpers.models import seldom
 from tests.helpers.processes import free_port, launch
-from textenv import demo
+from tests.helpers.processes import train as run_all
 
 N_ROLLOUTS = 2
-# Figures of the episodes of one process, which are averaged: those of all episodes together are others.
-OF_EACH = ("text/distinct", "text/repetition", "prompt/", "episode/reward_std", "episode/count", "train/explained_var")
+CLOCKED = ("time/", "share")  # figures of the clock, in the rows and among the curves of a report
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +38,9 @@ def trained(home):
             # AdamW divides small gradients by their own size, and so the rounding of sums in another order, too.
             rate = {"algorithm.learning_rate": 5e-4}
             words = ["train", *settings(home / "small", folder, N_ROLLOUTS, **rate)]
-            done[size] = folder, launch(size, "run_command", words, True)
+            results = run_all(size, "run_command", words, True, timeout=200)
+            assert [code for code, *_ in results] == [0] * size, results
+            done[size] = folder, results
         return done[size]
 
     return train
@@ -51,8 +52,7 @@ SIZES = [2, pytest.param(4, marks=pytest.mark.slow)]
 @pytest.mark.parametrize("size", SIZES)
 def test_the_run_is_that_of_one_process(size, trained):
     """Weights, evaluations and samples are the same, and so are the rows of figures, once."""
-    (one, alone), (several, results) = trained(1), trained(size)
-    assert [code for code, *_ in (*alone, *results)] == [0] * (1 + size), results
+    (one, _), (several, _) = trained(1), trained(size)
     weights = [load_file(folder / "model" / "model.safetensors") for folder in (one, several)]
     assert largest_difference(*weights) < SAME
     before = load_file(one.parent / "small" / "model.safetensors")
@@ -60,15 +60,59 @@ def test_the_run_is_that_of_one_process(size, trained):
     first, second = rows(one), rows(several)
     assert [row["tokens"] for row in first] == [row["tokens"] for row in second] == [0, ROLLOUT, 2 * ROLLOUT]
     for mine, theirs in zip(first, second):
-        assert mine.keys() == theirs.keys()
-        figures = {name for name in mine if not name.startswith(OF_EACH)}
-        assert len(figures) > 15 or mine["tokens"] == 0
-        for name in figures:
-            same = mine[name] if isinstance(mine[name], str) else pytest.approx(mine[name], rel=1e-4, abs=1e-6)
-            assert theirs[name] == same, name
+        assert len(mine) > 30 or mine["tokens"] == 0
+        assert differences(mine, theirs) == []
     assert rows(one, "samples.jsonl") == rows(several, "samples.jsonl")
+    for name in ("history.json", "scores.json", "results.json", "best/best.json", "best/evaluation.json"):
+        assert (one / name).read_bytes() == (several / name).read_bytes(), name
     for name in ("results.md", "config.yml"):
         assert (one / name).read_text().replace(str(one), str(several)) == (several / name).read_text()
+
+
+def differences(mine, theirs, rounding=1e-6, place=""):
+    """Return the places at which two structures of JSON differ, numbers by more than rounding."""
+    if isinstance(mine, float) and isinstance(theirs, float):
+        return [] if theirs == pytest.approx(mine, rel=1e-4, abs=rounding, nan_ok=True) else [place]
+    if isinstance(mine, dict) and isinstance(theirs, dict) and mine.keys() == theirs.keys():
+        return [found for key in mine for found in differences(mine[key], theirs[key], rounding, f"{place}/{key}")]
+    if isinstance(mine, list) and isinstance(theirs, list) and len(mine) == len(theirs):
+        return [found for i in range(len(mine)) for found in differences(mine[i], theirs[i], rounding, f"{place}/{i}")]
+    return [] if mine == theirs and type(mine) is type(theirs) else [place]
+
+
+def shown(folder):
+    """Return what a run's page shows, without times and paths, and the page around it: script, style and text."""
+    page = (folder / "report.html").read_text().replace(inert_json(str(folder))[1:-1], "RUN")
+    before, _, rest = page.partition('<script type="application/json" id="data">')
+    text, _, after = rest.partition("</script>")
+    data = json.loads(text)
+    (run,) = data["runs"]
+    made = data.pop("made")
+    assert run["name"] == data["title"] == folder.name and made.startswith("20")
+    run["name"] = data["title"] = "of several"
+    run["figures"] = {name: curve for name, curve in run["figures"].items() if not name.startswith(CLOCKED)}
+    for language, took in (("en", "It took "), ("zh", "用时 ")):
+        told = run["summary"][language]
+        run["summary"][language] = [sentence for sentence in told if not sentence.startswith(took)]
+        assert len(told) == len(run["summary"][language]) + 1
+    return data, (before + after).replace(folder.name, "of several")
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_the_report_is_that_of_one_process(size, trained):
+    """All that the page shows: sentences, findings, tables, curves, samples, and the numbers of single tokens."""
+    (one, _), (several, _) = trained(1), trained(size)
+    (mine, page), (theirs, other_page) = shown(one), shown(several)
+    # A token's divergence is a difference of two log-probabilities of about 5 nats, rounded to 4 digits.
+    assert differences(mine, theirs, 1e-5) == [] and page == other_page
+    (run,) = theirs["runs"]
+    assert len(run["figures"]) > 20 and len(run["samples"]["tables"]) > 1 and run["evaluations"]["reward"]["y"]
+    assert [len(table["episodes"]) for table in run["episodes"]["tables"]] == [4, 4], "of all processes"
+    # A control: one figure, one token and one word that differ are found.
+    run["figures"]["episode/count"][-1] = 1.5
+    run["episodes"]["tables"][1]["episodes"][3]["value"][0] += 0.01
+    run["summary"]["en"][0] += "!"
+    assert len(differences(mine, theirs, 1e-5)) == 3
 
 
 def test_one_process_speaks(trained):
@@ -80,6 +124,23 @@ def test_one_process_speaks(trained):
     assert len((two / "report.html").read_text()) > 10_000
     about = json.loads((two / "run.json").read_text())
     assert about["versions"]["textenv"] and not list(two.glob(".*partial*"))
+
+
+@pytest.mark.slow
+def test_a_warning_of_another_process_is_shown_once_with_its_rank(home):
+    """Not what rank 0 says itself, with another number, and not again in the next iteration."""
+    small = home / "small"
+    (home / "two.txt").write_text("this phone is\nthe lamp was\n")
+    generate = ["generate", small, "--prompts", home / "two.txt", "--max_new_tokens", 3]
+    trains = {size: ["train", *settings(small, home / f"warned_{size}", N_ROLLOUTS)] for size in (1, 2)}
+    for words, stream in ((trains, 1), ({1: generate, 2: generate}, 2)):
+        alone, (first, other) = (launch(size, "run_with_warnings", words[size]) for size in (1, 2))
+        assert [code for code, *_ in (*alone, first, other)] == [0, 0, 0], (alone, first, other)
+        assert other[1:] == ("", "")
+        said = [line for line in first[stream].splitlines() if "an odd text" in line or "rank 1" in line]
+        assert said == ["warning: rank 1: an odd text"]
+        assert all("a text of 5 words" in results[0][stream] for results in (alone, [first]))
+        assert "6 words" not in first[1] + first[2] and "odd" not in alone[0][1] + alone[0][2]
 
 
 @pytest.mark.parametrize("size", [1, pytest.param(4, marks=pytest.mark.slow)])
@@ -113,50 +174,6 @@ def test_texts_and_evaluations_do_not_depend_on_the_number_of_processes(home, tr
     assert found[1] == found[2] and found[1][0].count("\n") == 20 and "| reward |" in found[1][1]
     whole = launch(1, "run_command", generate)[0][1]
     assert whole != found[1][0], "a control: other shares draw other texts"
-
-
-STAGES = {  # the words after each verb, without the folder and the model
-    "sft": ["--data", "texts.txt", "--held_out", "texts.txt", "--batch_size", 4, "--n_epochs", 2],
-    "classifier": ["--data", "labelled.jsonl", "--batch_size", 4, "--n_epochs", 2],
-    "reward-model": ["--data", "pairs.jsonl", "--batch_size", 4, "--n_epochs", 2],
-}
-
-
-@pytest.fixture(scope="module")
-def data(home):
-    """The folder with the data of the stages."""
-    (home / "texts.txt").write_text("\n".join(demo.reviews(16)))
-    things = ("lamp", "phone", "blue lamp", "old black phone")
-    pairs = [{"prompt": f"the {thing} was ", "chosen": "great .", "rejected": "awful ."} for thing in things] * 4
-    (home / "pairs.jsonl").write_text("\n".join(map(json.dumps, pairs)))
-    labelled = [{"text": f"the {thing} was {word} .", "label": word} for thing in things for word in ("great", "awful")]
-    (home / "labelled.jsonl").write_text("\n".join(map(json.dumps, labelled * 2)))
-    return home
-
-
-@pytest.mark.parametrize(
-    "verb", [pytest.param("sft", marks=pytest.mark.slow), "reward-model", *seldom(["classifier"], 1)]
-)
-def test_a_stage_trains_as_one_process_does(verb, data):
-    """The same weights, with the rows of a minibatch shared; one folder, and one voice."""
-    folders, printed = {}, {}
-    for size in (1, 2):
-        folders[size] = data / f"{verb}_{size}"
-        words = [data / word if str(word) in DATA else word for word in STAGES[verb]]
-        words = [verb, "--model", data / "small", "--out", folders[size], "--quiet", "--learning_rate", 1e-3, *words]
-        results = launch(size, "run_command", words)
-        assert [code for code, *_ in results] == [0] * size, results
-        assert all(out == err == "" for _, out, err in results[1:])
-        printed[size] = re.sub(r"\d+\.\d+", lambda found: f"{float(found[0]):.2f}", results[0][1])
-    one, two = (load_file(folders[size] / "model.safetensors") for size in (1, 2))
-    assert largest_difference(one, two) < 10 * SAME, "AdamW divides small gradients by their own size"
-    start = load_file(data / "small" / "model.safetensors")
-    assert max(abs(one[name] - start[name]).max() for name in one.keys() & start.keys()) > 1000 * SAME
-    assert printed[1].replace(str(folders[1]), str(folders[2])) == printed[2]
-    assert not (data / f".{folders[2].name}.training").exists()
-
-
-DATA = ("texts.txt", "labelled.jsonl", "pairs.jsonl")
 
 
 @pytest.mark.slow

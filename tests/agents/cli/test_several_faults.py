@@ -15,7 +15,7 @@ from agents.cli import launch as launcher
 from agents.cli import main as cli
 from tests.agents.cli.several import child_of_launcher
 from tests.helpers.command import ROLLOUT, rows, settings, small_model
-from tests.helpers.processes import CONTEXT, free_port, launch
+from tests.helpers.processes import CONTEXT, free_port, import_once, launch
 
 N_ROLLOUTS = 3
 TOKENS = [n * ROLLOUT for n in range(N_ROLLOUTS + 1)]  # of the rows of a whole run
@@ -41,8 +41,7 @@ class Forked:
 
 @pytest.fixture(scope="module", autouse=True)
 def imported():
-    """Start the process that all are forked from, which imports everything: that is not part of a launch's time."""
-    launch(1, "run_command", ["--version"], timeout=300)
+    import_once()
 
 
 @pytest.fixture

@@ -97,7 +97,7 @@ def test_one_process_logs_evaluates_and_writes_for_all(tmp_path):
     assert other[1] == [] and other[2] == "" and "samples after 48 tokens" in shown
     assert not set(numbers) & set(other[4]), "no prompt in both"
     logged = {key: value for _, row in rows for key, value in row.items()}
-    assert logged["own/rank"] == 0.5 and logged["own/last"] == 7 and logged["episode/dropped"] == 3
+    assert logged["own/rank"] == 0.5 and logged["own/last"] == 7 and logged["groups/dropped"] == 3
     assert logged["time/total_timesteps"] == 96 and "eval/reward" in logged
     each = [logged[f"time/rollout_seconds/rank_{rank}"] for rank in (0, 1)]
     assert logged["time/rollout_seconds"] == max(each) and min(each) > 0

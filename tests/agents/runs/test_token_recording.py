@@ -12,7 +12,7 @@ from agents import ClipHigher, KLPenalty
 from agents.evaluation.token_numbers import OF_ROLLOUT
 from agents.rollout.transitions import joined
 from agents.runs.folder import TOKENS, RunFolder, read_rows
-from agents.runs.token_recording import MOST_TABLES, N_EPISODES, TokenRecorder, by_score
+from agents.runs.token_recording import MOST_TABLES, N_EPISODES, TokenRecorder, by_score, standings
 from tests.helpers.command import ROLLOUT, rows, run, settings
 from tests.helpers.training import TOKENIZER, same_weights, tiny_agent, tiny_env, weights
 from textenv.episodes.rules import PADDING, SEPARATOR
@@ -30,7 +30,7 @@ class Spy(BaseCallback):
 
     def _on_rollout_end(self):
         buffer = self.model.rollout_buffer
-        chosen = by_score(buffer.trained, N_EPISODES)
+        chosen = [number for _, number in by_score([standings(buffer.trained)], N_EPISODES)]
         parts = [joined([buffer.trained.transitions(i)]) for i in chosen]
         segments = [buffer.trained.segment(i) for i in chosen]
         scale = buffer.advantage_mean, buffer.advantage_deviation

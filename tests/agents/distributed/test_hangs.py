@@ -68,7 +68,7 @@ SLOW = pytest.mark.slow
 CASES = [pytest.param(where, None, marks=SLOW, id=where) for where in ("reward", "rollout", "forward", "optimizer")]
 WAYS = {"gathered": Sharded(), "lock-step": Sharded(gather=False)}
 CASES += [
-    pytest.param(where, shard, marks=SLOW, id=f"{where}-{way}")
+    pytest.param(where, shard, marks=SLOW if way == "gathered" else pytest.mark.long, id=f"{where}-{way}")
     for way, shard in WAYS.items()
     for where in ("rollout", "forward")
 ]

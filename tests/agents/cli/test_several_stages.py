@@ -53,7 +53,7 @@ def test_a_stage_trains_as_one_process_does(verb, data):
     assert not (data / f".{folders[2].name}.training").exists()
 
 
-@pytest.mark.parametrize("verb", [pytest.param("reward-model", marks=pytest.mark.slow), *seldom(["sft", "classifier"])])
+@pytest.mark.parametrize("verb", seldom(["reward-model", "sft", "classifier"]))
 def test_a_stage_goes_on_after_a_stop_or_a_kill(verb, data):
     """Stopped by Ctrl-C in one process, or with one killed, on any number of processes: no step is lost or repeated."""
     whole = data / f"{verb}_whole"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import sys
 import traceback
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, is_dataclass
@@ -17,7 +16,7 @@ from textenv import __version__
 from ..distributed.collectives import gather
 from ..distributed.failures import Failure, consequence, fail_first, said
 from ..distributed.sharding import Sharded
-from ..distributed.warned import note_warning, warnings_of_others
+from ..distributed.warned import warnings_noted, warnings_of_others
 from ..distributed.world import World, joined, world
 from ..errors import HANDLED, CommandError, CommonError, Exit
 from ..runs.changed_keys import differences
@@ -54,7 +53,7 @@ def take_part(verb: str, read: Callable[[], tuple[Any, ...]], do: Callable[..., 
     if verb != "train" and Sharded.asked_for() is not None:
         raise CommonError(f"Expected --use_fsdp for textenv train only, got it for {verb}: leave it out.")
     try:
-        with nullcontext() if here.rank == 0 else _silence(), _warnings_noted():
+        with nullcontext() if here.rank == 0 else _silence(), warnings_noted():
             code = do(*_agreed(here, read))
             others = warnings_of_others()
         for line in others if here.rank == 0 else ():
@@ -69,20 +68,6 @@ def take_part(verb: str, read: Callable[[], tuple[Any, ...]], do: Callable[..., 
             raise lost from error
         write_line(traceback.format_exc())
         raise as_command_error(error, Path.cwd()) from error
-
-
-@contextmanager
-def _warnings_noted() -> Iterator[None]:
-    """Within, note each warning that is shown, for `warnings_of_others`."""
-    with warnings.catch_warnings():
-        shown = warnings.showwarning
-
-        def show(message: Warning | str, *rest: Any, **more: Any) -> None:
-            note_warning(str(message))
-            shown(message, *rest, **more)
-
-        warnings.showwarning = show
-        yield
 
 
 @contextmanager

@@ -3,16 +3,35 @@
 from __future__ import annotations
 
 import re
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
 from .collectives import gather
 from .world import joined
 
 
-def note_warning(text: str) -> None:
-    """Note a warning that this process has given, until the processes meet in `warnings_of_others`."""
-    here = joined()
-    if here is not None:
-        here.warned.append(text)
+@contextmanager
+def warnings_noted(show: Callable[..., Any] | None = None) -> Iterator[None]:
+    """Within, note each warning that this process shows, until the processes meet in `warnings_of_others`.
+
+    `warnings.catch_warnings` restores the display and the filters at the end, also after an error.
+
+    Args:
+        show: A function that shows a warning, with the arguments of `warnings.showwarning`; by default that one.
+    """
+    with warnings.catch_warnings():
+        shown = show or warnings.showwarning
+
+        def note(message: Warning | str, *rest: Any, **more: Any) -> None:
+            here = joined()
+            if here is not None:
+                here.warned.append(str(message))
+            shown(message, *rest, **more)
+
+        warnings.showwarning = note
+        yield
 
 
 def warnings_of_others() -> list[str]:

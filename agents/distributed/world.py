@@ -40,7 +40,7 @@ class World:
         n_written: How often `by_main` has written each name: the same in all processes.
         turns: By name, the work that this process does when others take that turn (`offer_help`).
         n_turns: The number of turns offered so far: the same in all processes.
-        warned: The warnings of this process that the others do not know yet (`warned.note_warning`).
+        warned: The warnings of this process that the others do not know yet (`warned.warnings_noted`).
         known_warnings: The kinds of warnings that rank 0 has given: the same in all processes.
     """
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import sys
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
 
 from textenv.text.printable import printable
 
-from ..distributed.warned import note_warning
+from ..distributed.warned import warnings_noted
 from ..signals import write_line
 from .folder import to_line
 from .remaining import Remaining, clock
@@ -54,20 +53,13 @@ class Screen(Protocol):
 def warnings_on(screen: Screen) -> Iterator[None]:
     """Within, show each warning on a screen, at once, and note it for `warnings_of_others`.
 
-    `warnings.catch_warnings` restores the previous display and filters at the end, also after an error.
-
     Example:
+        >>> import warnings
         >>> with warnings_on(PlainScreen(100, 50)):
         ...     warnings.warn("the reward is constant")
         warning: the reward is constant
     """
-
-    def show(message: Warning | str, *rest: Any, **more: Any) -> None:
-        note_warning(str(message))
-        screen.say(f"warning: {message}")
-
-    with warnings.catch_warnings():
-        warnings.showwarning = show
+    with warnings_noted(lambda message, *rest, **more: screen.say(f"warning: {message}")):
         yield
 
 

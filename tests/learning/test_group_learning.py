@@ -1,6 +1,7 @@
 """Learning from groups of samples: from chance to over 0.9 without a critic, and not with the reward off (E11)."""
 
 from collections import defaultdict
+from functools import partial
 
 import numpy as np
 import pytest
@@ -43,15 +44,15 @@ def build(env, advantage, **kwargs):
     return make_agent(env, lm, rollout_buffer_kwargs={"advantage": advantage}, **{**settings, **kwargs})
 
 
+def share_in_texts(model):
+    """Return the share of "c" in four texts for each prompt."""
+    return float(np.mean([share_of_c(None, text, True) for text in generate(model, PROMPTS, TOKENIZER, 4, **RULES)]))
+
+
 def learn(model, iterations, callback=None):
     """Train until nearly all tokens are "c", for some iterations at most; return their share before and after."""
-
-    def share():
-        samples = generate(model, PROMPTS, TOKENIZER, 4, **RULES)
-        return float(np.mean([sample.text.count("c") / 4 for sample in samples]))
-
-    before = share()
-    return before, train_until(model, share, iterations, callback)
+    before = share_in_texts(model)
+    return before, train_until(model, partial(share_in_texts, model), iterations, callback)
 
 
 @pytest.mark.parametrize("advantage", few(["grpo", "grpo_mean", "rloo", "reinforce++_baseline", above_the_group], 1))

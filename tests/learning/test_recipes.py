@@ -1,14 +1,14 @@
 """Learning by each recipe: from chance to over 0.8 in 32 rollouts, and not from a reward that says nothing."""
 
 import random
+from functools import partial
 
 import numpy as np
 import pytest
 
 from agents import RECIPES, make_agent
-from agents.evaluation.generation import generate
 from tests.helpers.training import tiny_config, train_until
-from tests.learning.test_group_learning import PROMPTS, RULES, TOKENIZER, share_of_c
+from tests.learning.test_group_learning import PROMPTS, RULES, TOKENIZER, share_in_texts, share_of_c
 from textenv import TextEnv
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:.*fewer than 4 in each:UserWarning")]
@@ -21,12 +21,7 @@ def after(recipe, reward, seed, n_iterations=16):
     lm = tiny_config(vocab_size=len(TOKENIZER), n_embd=32, n_layer=1, initializer_range=0.1)
     settings = {"n_envs": 64, "learning_rate": 1e-2, "batch_size": 128, "seed": seed, "device": "cpu"}
     model = make_agent(env, lm, recipe=recipe, **settings)
-
-    def share():
-        texts = generate(model, PROMPTS, TOKENIZER, 4, **RULES)
-        return float(np.mean([share_of_c(None, text, True) for text in texts]))
-
-    return train_until(model, share, n_iterations)
+    return train_until(model, partial(share_in_texts, model), n_iterations)
 
 
 @pytest.mark.parametrize("recipe", RECIPES)

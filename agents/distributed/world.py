@@ -150,6 +150,7 @@ def _join() -> World:
                 f"Expected {VARIABLE}={told[0][1]:g} in all processes, as in rank 0, got {seconds:g} in rank {other}."
             )
     watch.start()
+    atexit.register(watch.stop)  # also in a group that the script has made; before `leave`, which was registered first
     return World(rank, size, told[0][0], store, group, files, watch)
 
 
@@ -195,8 +196,6 @@ def _serves(rank: int) -> bool:
 
 def leave(store: dist.Store, rank: int, size: int) -> None:
     """Announce the end of this process; the process that serves the store waits a while for those that still read."""
-    if _joined is not None:
-        _joined.watch.stop()
     deadline, all_left = time.monotonic() + LEAVE_SECONDS, [f"left {other}" for other in range(size)]
     with suppress(dist.DistError):  # the process that serves the store has ended already
         store.set(f"left {rank}", "1")

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import atexit
 import multiprocessing
 import os
 import socket
 import time
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import partial
 from multiprocessing.context import SpawnProcess
 from types import TracebackType
 from typing import Any
@@ -86,6 +89,7 @@ class LocalEngine:
         self._process: SpawnProcess | None = None  # in the process that has started it
         self._wire: Wire | None = None
         self._talk: Background[tuple[dict[str, Any], list[Tensor]]] | None = None  # the last question and its answer
+        _engines.add(self)
         try:
             setup = Setup(0, as_spec(lm), vocab_size, autocast, _current(device), n_rows, self._n_clients)
             port = self._start(setup) if here is None else self._start_shared(setup)
@@ -118,7 +122,7 @@ class LocalEngine:
             master_listen_fd=listening.detach(),
         )
         setup = setup._replace(port=self._store.port)
-        # A daemon: `multiprocessing` terminates it when the interpreter ends.
+        # A daemon: a process of `multiprocessing`, which runs no atexit functions, terminates it at its end.
         self._process = multiprocessing.get_context("spawn").Process(target=serve, args=(setup,), daemon=True)
         with _outside_the_job():
             self._process.start()
@@ -185,17 +189,9 @@ class LocalEngine:
 
     def _send(self, header: dict[str, Any], tensors: Sequence[Tensor]) -> Callable[[], list[Tensor]]:
         """Send a message in the background, and return a function that waits for the tensors of the answer."""
-        wire, earlier = self._wire, self._talk
-        if wire is None:
+        if self._wire is None:
             raise EngineLost("Expected an engine that runs, got one that was closed: make a new one.")
-
-        def talk() -> tuple[dict[str, Any], list[Tensor]]:
-            if earlier is not None:  # the wire carries one question and its answer at a time
-                earlier.thread.join()
-            wire.send(header, tensors)
-            return wire.receive()
-
-        self._talk = current = Background(talk)
+        self._talk = current = Background(partial(self._exchange, self._wire, self._talk, header, tensors))
 
         def results() -> list[Tensor]:
             answer, received = self._or_close(current.result)
@@ -204,6 +200,15 @@ class LocalEngine:
             return received
 
         return results
+
+    def _exchange(
+        self, wire: Wire, earlier: Background[Any] | None, header: dict[str, Any], tensors: Sequence[Tensor]
+    ) -> tuple[dict[str, Any], list[Tensor]]:
+        """Send a message, and return the answer; a method, so that the thread keeps the engine alive until then."""
+        if earlier is not None:  # the wire carries one question and its answer at a time
+            earlier.thread.join()
+        wire.send(header, tensors)
+        return wire.receive()
 
     def _or_close(self, talk: Callable[[], Any]) -> Any:
         """Return the answer; on any error end the process, since half a message may still be in transit."""
@@ -265,6 +270,20 @@ class LocalEngine:
             self.close()
         else:
             self._end()  # the other processes may wait for this one
+
+
+_engines: weakref.WeakSet[LocalEngine] = weakref.WeakSet()
+
+
+@atexit.register
+def _end_all() -> None:
+    """End all engines, and the threads that wait for their answers, before the interpreter ends.
+
+    Below Python 3.14 a thread that comes back from C++ while the interpreter ends is unwound through C++, which aborts
+    the process ("terminate called without an active exception").
+    """
+    for engine in list(_engines):
+        engine._end()
 
 
 def _current(device: str) -> str:

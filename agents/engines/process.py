@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import signal
 import sys
@@ -54,12 +55,17 @@ def serve(setup: Setup) -> None:
     """Build the model, and answer the trainers until all have left, or one of them terminates this process.
 
     SIGTERM ends the process by `sys.exit`, so that libraries clean up: after a kill, Python would report tqdm's
-    semaphore as leaked, for instance.
+    semaphore as leaked, for instance. What follows in Python's own end is left out: `_listen` waits in C++, and below
+    Python 3.14 a thread that comes back from there while the interpreter ends aborts the process.
     """
+    atexit.register(os._exit, 0)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends Ctrl-C to both processes; the trainer handles it
     signal.signal(signal.SIGTERM, lambda *_: sys.exit())
     try:
         _answer_all(setup)
+    except Exception:
+        atexit.register(os._exit, 1)  # the last function to be registered is the first to run
+        raise
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the process is ending already
 

@@ -132,11 +132,3 @@ class Background(Generic[Result]):
         if self._errors:
             raise self._errors[0]
         return self._results[0]
-
-
-def interruptible(call: Callable[[], Result]) -> Result:
-    """Return the result of a call that may wait in C++ for long, and let Ctrl-C interrupt the wait.
-
-    The call runs in a thread, since Python handles signals in the main thread, between two Python instructions.
-    """
-    return Background(call).result()

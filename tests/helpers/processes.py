@@ -126,4 +126,5 @@ def _child(pipe, variables, job, args):
         pipe.send(RuntimeError(f"{type(result).__name__}: {result}"))
     here = world._joined
     if here is not None:  # what atexit does at the end of a script; processes of multiprocessing skip atexit
+        here.watch.stop()
         world.leave(here.store, here.rank, here.size)

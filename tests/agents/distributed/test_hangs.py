@@ -1,12 +1,15 @@
 """Processes that hang without dying: named in time, with the place; waits for people are no hang."""
 
 import re
+import subprocess
+import sys
 
 import pytest
 
 from agents import Sharded
 from agents.distributed.hangs import ProcessLost, State, pause, timeout_from_environment, verdict
 from agents.steps.data_parallel import merge
+from tests.helpers.command import ROOT
 from tests.helpers.processes import launch, train
 
 TIMEOUT, SLEEP = 2.0, 8  # seconds
@@ -108,3 +111,24 @@ def test_all_have_the_same_timeout():
     for error in launch(2, "join", 20, environments={0: {"TEXTENV_TIMEOUT": "60"}, 1: {}}):
         assert isinstance(error, ValueError)
         assert "Expected TEXTENV_TIMEOUT=60 in all processes, as in rank 0, got 1800 in rank 1" in str(error)
+
+
+ENDS = """
+import sys, threading
+import torch.distributed as dist
+from agents.distributed.world import world
+class Last:
+    def __del__(self, enumerate=threading.enumerate, write=sys.stdout.write):
+        write(repr([thread.name for thread in enumerate()]))
+last = Last()  # it is deleted when the interpreter ends, after all atexit functions
+dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+world()
+sys.stdout.write(repr([thread.name for thread in threading.enumerate()]) + "\\n")
+"""
+
+
+def test_the_watch_ends_with_a_script_that_made_the_process_group_itself():
+    """A thread that comes back from C++ while the interpreter ends would abort the process."""
+    done = subprocess.run([sys.executable, "-c", ENDS], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    before, after = done.stdout.splitlines()
+    assert "watch over the processes" in before and "watch" not in after and done.returncode == 0, done.stderr

@@ -12,6 +12,7 @@ from typing import Any, cast
 
 from stable_baselines3.common.callbacks import BaseCallback, CallbackList
 from stable_baselines3.common.logger import Logger, TensorBoardOutputFormat
+from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 
 from textenv import __version__
 from textenv.checks.extras import MissingExtraError
@@ -269,14 +270,7 @@ def _run(
         screen.begin(done, read_rows(run.metrics))
         if done < config.total_tokens:
             once(lambda: run.results.unlink(missing_ok=True))  # those of a finished run that is to train on
-            # Without a reset, SB3 `base_class._setup_learn` adds the tokens trained so far to the total, so that the
-            # schedule of the learning rate continues where it stopped.
-            agent.learn(
-                config.total_tokens - done,
-                callback=CallbackList(callbacks),
-                log_interval=1,  # every iteration is a row; the default of SB3 `a2c.A2C.learn` is 100
-                reset_num_timesteps=checkpoint is None,
-            )
+            _learn(agent, config.total_tokens - done, callbacks, is_fresh=checkpoint is None)
         if evaluate.is_over and agent.num_timesteps < config.total_tokens:
             screen.say(_early(evaluate))
         agent.logger.close()
@@ -289,6 +283,20 @@ def _run(
         if watch is not None and interrupts.number:  # in the last iteration; further trials must not start
             raise Interrupted(f"stopped after {agent.num_timesteps:,} tokens; {run.how_to_go_on()}", interrupts.number)
     return Exit.DONE
+
+
+def _learn(agent: OnPolicyAlgorithm, n_tokens: int, callbacks: list[Any], is_fresh: bool) -> None:
+    """Train for so many tokens more.
+
+    Without a reset, SB3 `base_class._setup_learn` adds the tokens trained so far to the total, so that the schedule of
+    the learning rate continues where it stopped.
+    """
+    agent.learn(
+        n_tokens,
+        callback=CallbackList(callbacks),
+        log_interval=1,  # every iteration is a row; the default of SB3 `a2c.A2C.learn` is 100
+        reset_num_timesteps=is_fresh,
+    )
 
 
 def _check(run: RunFolder, parts: Parts, screen: Screen) -> None:

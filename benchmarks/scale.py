@@ -23,7 +23,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import socket
 import subprocess
 import sys
 import tempfile
@@ -137,12 +136,9 @@ def n_bytes(tensors: list[Tensor]) -> int:
 
 def launch(script: str, n: int, words: list[str]) -> dict[str, Any]:
     """Run a script in `n` processes and return what the first one wrote."""
-    with tempfile.TemporaryDirectory() as folder, socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-        probe.close()
+    with tempfile.TemporaryDirectory() as folder:
         result = Path(folder) / "result.json"
-        command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={n}", f"--master_port={port}"]
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}"]
         start = command if n > 1 else [sys.executable]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         subprocess.run([*start, script, *words, "--result", str(result)], check=True, env=environment)

@@ -1,7 +1,9 @@
 """Functions that run a job in several processes which train together, as a launcher starts them."""
 
+import contextlib
 import multiprocessing
 import os
+import random
 import socket
 import subprocess
 import sys
@@ -29,9 +31,12 @@ CONTEXT.set_forkserver_preload([module.__name__ for module in MODULES])
 
 
 def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """Return a free port that no connection gets before the job: the system gives those from 32768 on."""
+    ports = random.SystemRandom()  # not `random`, which has the same seed in all processes of pytest
+    while True:
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", ports.randrange(20_000, 32_000)))
+            return probe.getsockname()[1]
 
 
 @cache

@@ -122,7 +122,7 @@ class LocalEngine:
             master_listen_fd=listening.detach(),
         )
         setup = setup._replace(port=self._store.port)
-        # A daemon: a process of `multiprocessing`, which runs no atexit functions, terminates it at its end.
+        # A daemon: `multiprocessing` terminates it when the interpreter ends.
         self._process = multiprocessing.get_context("spawn").Process(target=serve, args=(setup,), daemon=True)
         with _outside_the_job():
             self._process.start()
@@ -277,13 +277,14 @@ _engines: weakref.WeakSet[LocalEngine] = weakref.WeakSet()
 
 @atexit.register
 def _end_all() -> None:
-    """End all engines, and the threads that wait for their answers, before the interpreter ends.
+    """End the engines that still write, and the threads that wait for their answers, before the interpreter ends.
 
     Below Python 3.14 a thread that comes back from C++ while the interpreter ends is unwound through C++, which aborts
     the process ("terminate called without an active exception").
     """
     for engine in list(_engines):
-        engine._end()
+        if engine._talk is not None and engine._talk.thread.is_alive():
+            engine._end()
 
 
 def _current(device: str) -> str:

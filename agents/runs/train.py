@@ -240,11 +240,10 @@ def _run(
     # Before a checkpoint's weights are loaded.
     reference = None if watch is None else start_of(cast("LMPolicy", agent.policy).lm)
     writer = RowWriter()
-    done = 0
     if checkpoint is not None:
         load_checkpoint(agent, checkpoint)
-        done = agent.num_timesteps
-        screen.say(f"resumed from {checkpoint}: {done:,} tokens")
+        screen.say(f"resumed from {checkpoint}: {agent.num_timesteps:,} tokens")
+    done = agent.num_timesteps
     # Trackers have all rows until the run stopped. `cut` removes the rows after the checkpoint, to be made again.
     sent = max((row["tokens"] for row in read_rows(run.metrics)), default=-1) if done else -1
     once(lambda: run.cut(done if checkpoint is not None else -1))
